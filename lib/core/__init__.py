@@ -1,0 +1,1 @@
+"""The frame that every stage stands on. Imports nothing of ours, and never torch."""

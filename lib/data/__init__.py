@@ -1,0 +1,1 @@
+"""From raw shards to packed token rows: sources, cleaning, tokenizers, token files."""
