@@ -275,6 +275,7 @@ class ExtractTexts:
     """Section `extract_texts`: the recipes, by name."""
 
     recipes: Mapping[str, Recipe] = field(default_factory=dict)
+    n_tasks: int = 1  # fixed division of the shards for job arrays; part of the identity
 
 
 # ---------------------------------------------------------------- train_tokenizer (data.md 8)
