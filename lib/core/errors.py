@@ -1,7 +1,7 @@
-"""The errors a user may meet, their exit codes, and the one place where secrets are taken out of text.
+"""The errors a user may meet, their exit codes, and the one place that takes secrets out of text.
 
 Form:  `error: <what> in <file>: <value>; <what to do>`, one line, no traceback (reliability.md 3).
-Codes: 2 the user's to mend, 3 damaged or missing input, 4 environment, 75 interrupted and resumable.
+Codes: 2 the user's to mend, 3 damaged or missing input, 4 environment, 75 interrupted, resumable.
        Anything that is not a KumikiError is a bug: exit 1, with its traceback.
 """
 
@@ -113,7 +113,7 @@ def shorten(text: str, limit: int = MAX_VALUE) -> str:
 
 
 def relative(path: str | Path) -> str:
-    """`path` relative to the current folder where it lies below it; messages name no machine paths."""
+    """`path` relative to the current folder where it lies below it: messages name no machine."""
     path = Path(path)
     try:
         return path.absolute().relative_to(Path.cwd()).as_posix()

@@ -58,9 +58,7 @@ class ParquetSource:
     # over HTTP
     repo: str | None = None  # dataset repository on the hub, owner/name
     revision: str = "main"  # branch, tag or commit; resolved to a commit, which is written down
-    pattern: str = (
-        "https://huggingface.co/datasets/{repo}/resolve/{revision}/shard_{i:05d}.parquet"
-    )
+    pattern: str = "https://huggingface.co/datasets/{repo}/resolve/{revision}/shard_{i:05d}.parquet"
     count: int | None = None  # shards that exist at the host
     shards: int | None = None  # training shards wanted: indices 0 .. shards-1 without the val shard
     val_name: str | None = None  # file name of the validation shard; always fetched
@@ -75,10 +73,25 @@ class ParquetSource:
         http = self.repo is not None or "{repo}" not in self.pattern
         local = bool(self.train)
         refuse(
-            (http == local, "repo", self.repo, "give either repo (or a pattern of its own) or train"),
-            (local and not self.val, "val", self.val, "name the validation file; it is never guessed"),
+            (
+                http == local,
+                "repo",
+                self.repo,
+                "give either repo (or a pattern of its own) or train",
+            ),
+            (
+                local and not self.val,
+                "val",
+                self.val,
+                "name the validation file; it is never guessed",
+            ),
             (http and not self.count, "count", self.count, "say how many shards the host has"),
-            (http and not self.val_name, "val_name", self.val_name, "pin the validation shard by name"),
+            (
+                http and not self.val_name,
+                "val_name",
+                self.val_name,
+                "pin the validation shard by name",
+            ),
             (http and (self.shards or 0) < 1, "shards", self.shards, "use 1 or more"),
             (
                 bool(http and self.count and self.shards and self.shards > self.count - 1),
@@ -119,7 +132,12 @@ class HubDatasetSource:
         both = (self.text_field is None) == (self.messages_field is None)
         refuse(
             (both, "text_field", self.text_field, "give either text_field or messages_field"),
-            (self.max_train_samples < 1, "max_train_samples", self.max_train_samples, "use 1 or more"),
+            (
+                self.max_train_samples < 1,
+                "max_train_samples",
+                self.max_train_samples,
+                "use 1 or more",
+            ),
             (self.max_eval_samples < 1, "max_eval_samples", self.max_eval_samples, "use 1 or more"),
             ("{content}" not in self.join, "join", self.join, "it must contain {content}"),
         )
@@ -387,7 +405,9 @@ class Encoding:
                 "use 1 or more, or null",
             ),
             (
-                self.packing == "bestfit" and self.crop == "requeue" and self.boundary in ("none", "eos"),
+                self.packing == "bestfit"
+                and self.crop == "requeue"
+                and self.boundary in ("none", "eos"),
                 "crop",
                 self.crop,
                 "requeue puts the boundary id in front: use boundary bos or both",
@@ -443,7 +463,12 @@ class Settings:
         text = {n for n, s in sources.items() if not isinstance(s, FilesSource | ArchiveSource)}
         refuse(
             *(
-                (s not in text, f"extract_texts.recipes.{r}.sources.{s}", s, f"choose {_one_of(text)}")
+                (
+                    s not in text,
+                    f"extract_texts.recipes.{r}.sources.{s}",
+                    s,
+                    f"choose {_one_of(text)}",
+                )
                 for r, recipe in recipes.items()
                 for s in recipe.sources
             ),
@@ -467,7 +492,9 @@ class Settings:
             ),
             *(
                 (
-                    isinstance(t, Gpt2Tokenizer) and t.source is not None and t.source not in sources,
+                    isinstance(t, Gpt2Tokenizer)
+                    and t.source is not None
+                    and t.source not in sources,
                     f"train_tokenizer.{n}.source",
                     getattr(t, "source", None),
                     f"choose {_one_of(sources)}",
