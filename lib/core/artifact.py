@@ -1,7 +1,8 @@
 """Manifests: what an artefact is made from (recipe, key) and what it holds (files, hashes, counts).
 
-A manifest is written last. A folder or a scratch generation without one that verifies does not exist.
-`key` hashes what was asked for, `sha256` what is there. No time, host, path or version enters either.
+A manifest is written last; a folder or a scratch generation without one that verifies does not
+exist. `key` hashes what was asked for, `sha256` what is there. No time, host, absolute path or
+version enters either.
 """
 
 from __future__ import annotations
@@ -161,12 +162,11 @@ def scratch_folder(kind: str, key: str) -> Path:
     return Path(os.environ.get("KUMIKI_SCRATCH") or "scratch") / kind / key
 
 
-def damage(
-    folder: Path, entry: FileEntry, stamps: dict[str, list[int]] | None = None
-) -> str | None:
+def damage(folder: Path, entry: FileEntry, stamps: dict[str, list] | None = None) -> str | None:
     """What is wrong with one file: None, or `missing`, or expected against found.
 
-    stamps: name -> [size, mtime_ns, ctime_ns, inode] of the last full hash; an equal stamp saves it.
+    stamps: name -> [size, mtime_ns, ctime_ns, inode, sha256] of the last full hash; an equal stamp
+    saves hashing again.
     """
     path = folder / entry.path
     try:
@@ -182,7 +182,7 @@ def damage(
     if found != entry.sha256:
         return f"expected {entry.sha256[:8]}…, found {found[:8]}…"
     if stamps is not None:
-        stamps[entry.path] = [*stamp, entry.sha256]  # type: ignore[list-item]  # JSON list
+        stamps[entry.path] = [*stamp, entry.sha256]
     return None
 
 
@@ -200,11 +200,11 @@ def ensure(
     *,
     full: bool = False,
 ) -> None:
-    """Make the files of a large artefact in scratch right, or say which one is not (pipeline.md 6.3).
+    """Make the files of an artefact in scratch right, or say which one is not (pipeline.md 6.3).
 
     Sizes are compared always, hashes when the stamp of the last full hash is gone or `full` is set.
-    rebuild: given the damaged entries, makes them again from the recipe; a rebuilt file whose sha256
-    is not the manifest's is an InputError, as is a damaged file without a `rebuild`.
+    rebuild: given the damaged entries, makes them again from the recipe. A rebuilt file whose
+    sha256 is not the manifest's is an InputError, as is a damaged file without a `rebuild`.
     """
     entries = list(entries)
     stamps_path = folder / STAMPS

@@ -1,7 +1,7 @@
 """The only writer: every durable byte of the project goes through this file (reliability.md 2).
 
 Rule:  temporary name in the same folder -> write, hash on the way -> fsync -> rename -> fsync
-       the folder. So a final name never carries bytes that are not complete, wherever the process is killed.
+       the folder. So a final name never carries incomplete bytes, wherever the process is killed.
 Disk:  errno is mapped by cause: no space, read-only, I/O error become an EnvError (exit 4) with the
        folder and the numbers. After a failed fsync the file is abandoned, fsync is never repeated.
 Note:  callers hold the lock of the output they build, so a stale `*.part` is theirs to sweep.

@@ -1,10 +1,10 @@
 """Every knob of params.yaml, typed: the one place where names, meanings, units and defaults stand.
 
-A section of params.yaml is a dataclass here; `lib.core.params` fills it strictly (unknown keys, wrong
-types and contradictions are errors). `__post_init__` refuses contradictions through `refuse`; what ties
-sections together stands in `Settings`. Defaults are given here only, params.yaml shows them.
-Model sections are typed by `Config` in each file of lib/models. Everything but `runtime` is identity:
-it enters fingerprints. `runtime` changes no byte of any output.
+A section of params.yaml is a dataclass here; `lib.core.params` fills it strictly (unknown keys,
+wrong types and contradictions are errors). `__post_init__` refuses contradictions through `refuse`;
+what ties sections together stands in `Settings`. Defaults are given here only, params.yaml shows
+them. Model sections are typed by `Config` in each file of lib/models. Everything but `runtime` is
+identity: it enters fingerprints. `runtime` changes no byte of any output.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def refuse(*checks: tuple[bool, str, object, str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedSource:
-    """English documentation that lies in the Python environment itself; no network, nothing copied."""
+    """English documentation that lies in the Python environment itself; no network."""
 
     kind: Literal["embedded"]
     packages: tuple[str, ...] = ("python", "torch", "numpy", "pandas", "pyarrow", "datasets")
@@ -145,7 +145,7 @@ class HubDatasetSource:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlSource:
-    """JSON lines, compressed by gzip or zstd (by file name), one record with a text field a line."""
+    """JSON lines, gzip or zstd by file name, one record with a text field a line."""
 
     kind: Literal["jsonl_gz"]
     folder: str = "data/local"
@@ -325,7 +325,7 @@ class BpeTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceTokenizer:
-    """SentencePiece BPE: `lossless` gives every byte back, `seed` is compatible with the guide's."""
+    """SentencePiece BPE: `lossless` gives every byte back, `seed` is what the guide trains."""
 
     kind: Literal["sentencepiece"]
     documents: str
