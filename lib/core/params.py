@@ -1,0 +1,296 @@
+"""params.yaml -> Settings: strict, all errors at once, in well under a second and without torch.
+
+In:    params.yaml (read as DVC reads it: YAML 1.2), the git-ignored .kumiki.yaml (runtime only),
+       `--set KEY=VALUE`. Out: `lib.core.settings.Settings`.
+Order: dataclass default < base value < `profiles.<profile>` overlay < .kumiki.yaml < --set; mappings
+       are merged, lists and scalars replaced (pipeline.md 4).
+Note:  every profile of the file is checked at every load, not only the active one: DVC sees missing
+       keys but never a misspelt one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lib.core.errors import KumikiError, UserError, raise_all, report_lines
+from lib.core.settings import Refused, Settings
+
+PARAMS, LOCAL = "params.yaml", ".kumiki.yaml"
+_SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)$", re.IGNORECASE)
+_MAX_ALIASES = 1000
+
+Problem = tuple[str, str, object, str]  # what, key, value, remedy
+
+
+def load(root: Path = Path(), overrides: Sequence[str] = ()) -> Settings:
+    """Read and check the whole of `root`/params.yaml; returns it with the active profile laid over.
+
+    overrides: `KEY=VALUE` strings, VALUE read as YAML. Raises UserError (or several at once).
+    """
+    path = root / PARAMS
+    raw = read_yaml(path)
+    local = read_yaml(root / LOCAL) if (root / LOCAL).is_file() else {}
+    raise_all(_unknown(local, ("runtime",), "", LOCAL))
+    profiles = raw.get("profiles") or {}
+    active = raw.get("profile")
+    if active not in profiles:
+        names = ", ".join(sorted(profiles))
+        raise UserError("unknown profile", file=path, value=active, remedy=f"choose one of {names}")
+    errors: dict[str, KumikiError] = {}
+    chosen = None
+    for name in [active, *(p for p in profiles if p != active)]:
+        last = [local, _parse_overrides(overrides)] if name == active else []
+        settings, problems = resolve(raw, name, *last)
+        for what, key, value, remedy in problems:
+            error = UserError(what, file=path, value=_told(key, value, what), remedy=remedy)
+            errors.setdefault(str(error), error)
+        if name == active:
+            chosen = settings
+    raise_all(list(errors.values()))
+    assert chosen is not None
+    return chosen
+
+
+def resolve(raw: dict, profile: str, *last: dict) -> tuple[Settings | None, list[Problem]]:
+    """One profile of the parsed file as Settings, and every problem found on the way."""
+    base = {k: v for k, v in raw.items() if k != "profiles"}
+    overlay = (raw.get("profiles") or {}).get(profile) or {}
+    merged = merge(base, overlay, *last, {"profile": profile})
+    problems: list[Problem] = []
+    settings = _build(Settings, merged, "", problems)
+    located = [
+        (what, f"profiles.{profile}.{key}" if _has(overlay, key) else key, value, remedy)
+        for what, key, value, remedy in problems
+    ]
+    return settings, located
+
+
+def merge(*layers: Mapping) -> dict:
+    """Later layers win; mappings merge key by key, everything else is replaced."""
+    result: dict = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = result.get(key)
+            both = isinstance(old, Mapping) and isinstance(value, Mapping)
+            result[key] = merge(old, value) if both else value  # type: ignore[arg-type]  # both
+    return result
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML 1.2 mapping, read as DVC reads it: `3e-4` is a float, `yes` a string (pipeline.md 5)."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("no such file", file=path, remedy="run from the project's folder") from None
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8", file=path, value=error, remedy="save it as UTF-8") from None
+    if len(re.findall(r"(?:^|[\s\[,{])\*\w", text)) > _MAX_ALIASES:
+        raise UserError("too many aliases", file=path, remedy=f"use at most {_MAX_ALIASES}")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError("not valid YAML", file=path, value=error, remedy="mend the line") from None
+    if not isinstance(value, dict):
+        raise UserError("not a mapping", file=path, remedy="see the params.yaml of the project")
+    return value
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict:
+    from ruamel.yaml import YAML
+
+    result: dict = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError("not KEY=VALUE", value=f"--set {text}", remedy="write --set seed=7")
+        node: Any = YAML(typ="safe", pure=True).load(value)
+        for part in reversed(key.split(".")):
+            node = {part: node}
+        result = merge(result, node)
+    return result
+
+
+def _told(key: str, value: object, what: str) -> str:
+    """`key` alone where the value says nothing, else both."""
+    if what.startswith(("unknown", "missing", "secret")):
+        return key
+    text = "null" if value is None else f"{value}"
+    return f"{key} is {text}"
+
+
+def _has(tree: object, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+# ---------------------------------------------------------------- typed building
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _build(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
+    """`value` as an instance of the annotation `kind`; problems are gathered, None stands for them."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return _build_dataclass(kind, value, key, problems)  # type: ignore[arg-type]  # a class
+    if origin is Literal:
+        if value in arguments and type(value) in {type(a) for a in arguments}:
+            return value
+        return _wrong(key, value, _nearest(value, arguments), problems)
+    if origin in (Union, types.UnionType):
+        return _build_union(arguments, value, key, problems)
+    if origin is tuple:
+        if not isinstance(value, list):
+            return _wrong(key, value, "give a list", problems)
+        return tuple(
+            _build(arguments[0], one, f"{key}.{i}", problems) for i, one in enumerate(value)
+        )
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            return _wrong(key, value, "give a mapping", problems)
+        bad_names = [n for n in value if not isinstance(n, str) or not re.fullmatch(r"[\w\-.]+", n)]
+        for name in bad_names:
+            _wrong(f"{key}.{name}", name, "names are letters, digits, _ and -", problems)
+        return {n: _build(arguments[1], one, f"{key}.{n}", problems) for n, one in value.items()}
+    return _build_scalar(kind, value, key, problems)
+
+
+def _build_scalar(kind: type, value: Any, key: str, problems: list[Problem]) -> Any:
+    if kind is float and type(value) in (int, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            return _wrong(key, value, "give a finite number", problems)
+        return float(value)
+    if type(value) is kind:
+        return value
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    remedy = f"give {words.get(kind, kind.__name__)}"
+    if kind is int and type(value) is float and value.is_integer():
+        remedy = f"write {int(value)}"
+    return _wrong(key, value, remedy, problems)
+
+
+def _build_union(kinds: Iterable[Any], value: Any, key: str, problems: list[Problem]) -> Any:
+    kinds = list(kinds)
+    if value is None and type(None) in kinds:
+        return None
+    kinds = [k for k in kinds if k is not type(None)]
+    tagged = {_tag(k): k for k in kinds if is_dataclass(k)}
+    if tagged and None not in tagged:  # a tagged union: `kind` chooses
+        if not isinstance(value, Mapping):
+            return _wrong(key, value, "give a mapping with `kind`", problems)
+        chosen = value.get("kind")
+        if chosen not in tagged:
+            return _wrong(f"{key}.kind", chosen, _nearest(chosen, tagged), problems)
+        return _build(tagged[chosen], value, key, problems)
+    trials: list[list[Problem]] = []
+    for kind in kinds:
+        trial: list[Problem] = []
+        result = _build(kind, value, key, trial)
+        if not trial:
+            return result
+        trials.append(trial)
+    problems.extend(trials[0])
+    return None
+
+
+def _tag(kind: type) -> str | None:
+    hint = _hints(kind).get("kind")
+    return get_args(hint)[0] if get_origin(hint) is Literal else None
+
+
+def _build_dataclass(kind: type, value: Any, key: str, problems: list[Problem]) -> Any:
+    if not isinstance(value, Mapping):
+        return _wrong(key, value, "give a mapping", problems)
+    dot = f"{key}." if key else ""
+    known = {f.name: f for f in fields(kind)}
+    found: list[Problem] = []
+    for error in _unknown(value, known, dot, PARAMS):
+        found.append((error.what, str(error.value), None, str(error.remedy)))
+    hints = _hints(kind)
+    given = {n: _build(hints[n], v, dot + n, found) for n, v in value.items() if n in known}
+    for name, field in known.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and name not in value:
+            found.append(("missing key", dot + name, None, "add it"))
+    problems.extend(found)
+    if found:
+        return None
+    try:
+        return kind(**given)
+    except Refused as refused:
+        problems.extend(("not possible", dot + k, v, r) for k, v, r in refused.problems)
+        return None
+
+
+def _unknown(value: Mapping, known: Iterable[str], dot: str, file: str) -> list[KumikiError]:
+    errors: list[KumikiError] = []
+    for name in value:
+        if name in known:
+            continue
+        name = str(name)
+        if _SECRET.search(name):
+            remedy = f"remove it and export {name.upper()}"
+            errors.append(UserError("secret", file=file, value=dot + name, remedy=remedy))
+            continue
+        close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+        remedy = f"did you mean {dot}{close[0]}?" if close else f"choose {_choices(known)}"
+        errors.append(UserError("unknown key", file=file, value=dot + name, remedy=remedy))
+    return errors
+
+
+def _wrong(key: str, value: Any, remedy: str, problems: list[Problem]) -> None:
+    problems.append(("wrong value", key, repr(value) if isinstance(value, str) else value, remedy))
+
+
+def _nearest(value: Any, choices: Iterable[Any]) -> str:
+    choices = [str(c) for c in choices]
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose {_choices(choices)}"
+
+
+def _choices(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(sorted(names))
+
+
+# ---------------------------------------------------------------- command
+
+
+def main() -> int:
+    """`python -m lib.core.params --check`: every profile typed, every tracked key in each of them."""
+    parser = argparse.ArgumentParser(prog="python -m lib.core.params", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", required=True)
+    parser.parse_args()
+    try:
+        load()
+        from lib.core.dag import check_params
+
+        check_params(Path())
+    except KumikiError as error:
+        sys.stderr.write("\n".join(report_lines(error)) + "\n")
+        return error.code
+    sys.stdout.write("params.yaml: every profile is valid\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

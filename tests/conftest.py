@@ -1,0 +1,35 @@
+"""Shared by all tests: where the real data lies, and a network that reaches the loopback only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("KUMIKI_SHARED") or ROOT.parent / "shared")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and reference results; absent on a user's machine."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is absent: {SHARED.name}/ does not lie beside the project")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the loopback is out of reach: a test that needs a host is a defect."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else ""
+        loopback = str(host).startswith("127.") or host in ("::1", "localhost")
+        if self.family != socket.AF_UNIX and not loopback:
+            raise AssertionError(f"a test connects to {host}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
