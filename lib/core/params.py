@@ -2,8 +2,8 @@
 
 In:    params.yaml (read as DVC reads it: YAML 1.2), the git-ignored .kumiki.yaml (runtime only),
        `--set KEY=VALUE`. Out: `lib.core.settings.Settings`.
-Order: dataclass default < base value < `profiles.<profile>` overlay < .kumiki.yaml < --set; mappings
-       are merged, lists and scalars replaced (pipeline.md 4).
+Order: dataclass default < base value < `profiles.<profile>` overlay < .kumiki.yaml < --set;
+       mappings are merged, lists and scalars replaced (pipeline.md 4).
 Note:  every profile of the file is checked at every load, not only the active one: DVC sees missing
        keys but never a misspelt one.
 """
@@ -86,7 +86,7 @@ def merge(*layers: Mapping) -> dict:
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML 1.2 mapping, read as DVC reads it: `3e-4` is a float, `yes` a string (pipeline.md 5)."""
+    """A YAML 1.2 mapping, read as DVC reads it: `3e-4` is a float, `yes` text (pipeline.md 5)."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -147,7 +147,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _build(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
-    """`value` as an instance of the annotation `kind`; problems are gathered, None stands for them."""
+    """`value` as an instance of the annotation `kind`; where that fails, a problem and None."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -276,7 +276,7 @@ def _choices(names: Iterable[str]) -> str:
 
 
 def main() -> int:
-    """`python -m lib.core.params --check`: every profile typed, every tracked key in each of them."""
+    """`python -m lib.core.params --check`: every profile is typed and holds every tracked key."""
     parser = argparse.ArgumentParser(prog="python -m lib.core.params", description=main.__doc__)
     parser.add_argument("--check", action="store_true", required=True)
     parser.parse_args()

@@ -1,0 +1,237 @@
+"""The wiring diagram against the code: what a stage imports, what dvc.yaml says it depends on.
+
+`python -m lib.core.dag --write` puts every stage's import closure into dvc.yaml (comments stay);
+`--check` compares both directions. `code_hash` is what a working state remembers of the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lib.core.errors import KumikiError, UserError, raise_all, report_lines
+
+DVC_YAML = "dvc.yaml"
+ROOTS = ("lib", "stages")
+# What computes: a change here may change bytes, so unfinished work is not silently continued.
+COMPUTES = ("lib/data/", "lib/models/", "lib/nn/", "lib/kernels/", "lib/train/", "lib/eval/")
+
+
+@cache
+def _source(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _candidates(module: str, root: Path) -> Iterator[Path]:
+    """The files that importing `module` runs: the packages on the way and the module itself."""
+    parts = module.split(".")
+    if parts[0] not in ROOTS:
+        return
+    for depth in range(1, len(parts) + 1):
+        base = root.joinpath(*parts[:depth])
+        if (base / "__init__.py").is_file():
+            yield base / "__init__.py"
+        elif base.with_suffix(".py").is_file():
+            yield base.with_suffix(".py")
+
+
+def imports_of(path: Path, root: Path) -> set[Path]:
+    """Files of ours that `path` imports anywhere in it, type-checking blocks excepted."""
+    found: set[Path] = set()
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(_source(path)):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(inner for part in node.body for inner in ast.walk(part))
+    for node in ast.walk(_source(path)):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                found.update(_candidates(name.name, root))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}: write it out"
+            module = node.module or ""
+            found.update(_candidates(module, root))
+            for name in node.names:
+                found.update(_candidates(f"{module}.{name.name}", root))
+    return found
+
+
+def closure(entries: list[Path], root: Path) -> list[str]:
+    """All files of ours that `entries` reach by imports, themselves included, as sorted paths."""
+    todo, done = list(entries), set()
+    while todo:
+        path = todo.pop()
+        if path not in done:
+            done.add(path)
+            todo.extend(imports_of(path, root))
+    return sorted(p.relative_to(root).as_posix() for p in done)
+
+
+def code_hash(module: str, root: Path) -> dict[str, str]:
+    """File -> hash of its syntax tree without docstrings and comments, over what computes.
+
+    module: the stage, as `stages.encode_tokens`. A comment in a model file costs no retraining.
+    """
+    entry = [p for p in _candidates(module, root) if p.name != "__init__.py"]
+    hashes = {}
+    for name in closure(entry, root):
+        if name.startswith(COMPUTES) or name == "lib/core/rng.py" or root / name in entry:
+            tree = ast.dump(_without_docstrings(root / name))
+            hashes[name] = hashlib.sha256(tree.encode()).hexdigest()[:16]
+    return hashes
+
+
+def _without_docstrings(path: Path) -> ast.Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+# ---------------------------------------------------------------- dvc.yaml
+
+
+def module_of(cmd: str) -> str:
+    """The stage module that a `cmd` runs; launchers stand before it."""
+    words = cmd.split()
+    return next(word for word in words if word.startswith("stages."))
+
+
+def stages_of(root: Path) -> dict[str, dict[str, Any]]:
+    """The stages of dvc.yaml by name; a `foreach` stage is its `do` with `foreach` added."""
+    from lib.core.params import read_yaml
+
+    stages = read_yaml(root / DVC_YAML).get("stages") or {}
+    return {
+        name: {**body["do"], "foreach": body["foreach"]} if "foreach" in body else body
+        for name, body in stages.items()
+    }
+
+
+def entries_of(body: dict[str, Any], root: Path) -> list[Path]:
+    """Files from which a stage's closure starts: its module, and the launcher when there is one."""
+    modules = [word for word in body["cmd"].split() if word.startswith(("stages.", "lib."))]
+    found: list[Path] = []
+    for module in modules:
+        found.extend(_candidates(module, root))
+    return found
+
+
+def wanted_code(body: dict[str, Any], root: Path) -> list[str]:
+    """The `.py` dependencies that a stage should declare."""
+    return closure(entries_of(body, root), root)
+
+
+def differences(root: Path) -> list[str]:
+    """One line for each `.py` dependency that is missing in dvc.yaml or is there without need."""
+    lines = []
+    for name, body in stages_of(root).items():
+        declared = {d for d in body.get("deps", []) if d.endswith(".py") and "$" not in d}
+        wanted = set(wanted_code(body, root))
+        lines += [f"{name}: {d} is imported, not declared" for d in sorted(wanted - declared)]
+        lines += [f"{name}: {d} is declared, not imported" for d in sorted(declared - wanted)]
+    return lines
+
+
+def write(root: Path) -> bool:
+    """Bring the `.py` dependencies of dvc.yaml in step; data dependencies come first and stay."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    from lib.core import files
+
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    path = root / DVC_YAML
+    before = path.read_text(encoding="utf-8")
+    tree = yaml.load(before)
+    for raw in tree["stages"].values():
+        body = raw.get("do", raw)
+        data = [d for d in body.get("deps", []) if not d.endswith(".py") or "$" in d]
+        body["deps"] = data + wanted_code(body, root)
+    out = StringIO()
+    yaml.dump(tree, out)
+    if out.getvalue() != before:
+        files.write_bytes(path, out.getvalue().encode())
+    return out.getvalue() != before
+
+
+def check_params(root: Path) -> None:
+    """UserError for every parameter that a stage tracks and some profile does not hold.
+
+    DVC itself finds this only when the stage starts, `--dry` passes (pipeline.md 4.4).
+    """
+    from lib.core.params import PARAMS, read_yaml
+
+    raw = read_yaml(root / PARAMS)
+    errors: list[KumikiError] = []
+    for body in stages_of(root).values():
+        keys = _items(body.get("foreach"), raw)
+        for entry in body.get("params", []):
+            for key in keys:
+                for profile in raw["profiles"]:
+                    name = entry.replace("${profile}", profile).replace("${key}", key)
+                    if "${item" not in name and not _reaches(raw, name):
+                        errors.append(
+                            UserError(
+                                "missing key", file=root / PARAMS, value=name, remedy="add it"
+                            )
+                        )
+    raise_all(list({str(e): e for e in errors}.values()))
+
+
+def _items(foreach: Any, raw: dict) -> list[str]:
+    if foreach is None:
+        return [""]
+    if isinstance(foreach, str):  # ${section}
+        node: Any = raw
+        for part in foreach.strip("${} ").split("."):
+            node = node[part]
+        return list(node)
+    return list(foreach)
+
+
+def _reaches(tree: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def main() -> int:
+    """Write or check the code dependencies of dvc.yaml."""
+    parser = argparse.ArgumentParser(prog="python -m lib.core.dag", description=main.__doc__)
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--write", action="store_true", help="bring dvc.yaml in step")
+    group.add_argument("--check", action="store_true", help="say what is out of step")
+    arguments = parser.parse_args()
+    root = Path()
+    try:
+        if arguments.write:
+            sys.stdout.write(f"dvc.yaml: {'written' if write(root) else 'in step'}\n")
+            return 0
+        lines = differences(root)
+        raise_all(
+            [UserError("out of step", file=DVC_YAML, value=x, remedy="make dag") for x in lines]
+        )
+    except KumikiError as error:
+        sys.stderr.write("\n".join(report_lines(error)) + "\n")
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

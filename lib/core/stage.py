@@ -1,0 +1,380 @@
+"""The stage frame: what every stage does around its own forty lines.
+
+Order: arguments -> parameters -> inputs -> parent's death, signals -> lock -> fingerprint -> body ->
+       publish. The body builds `run.result` in the working folder; the frame gives it its name.
+State: `<work>/<fingerprint>/` lies beside the output (git- and dvc-ignored), since DVC deletes outputs
+       before a run. Finished and same code: published again in seconds. Unfinished and same code:
+       continued. Unfinished and other code: refused, KUMIKI_CODE_CHANGE decides (pipeline.md 6).
+Codes: see `lib.core.errors`. `except Exception` stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.core import artifact, dag, files
+from lib.core.errors import (
+    EnvError,
+    InputError,
+    Interrupted,
+    KumikiError,
+    UserError,
+    redact,
+    report_lines,
+)
+from lib.core.params import load
+from lib.core.process import PoolMap, StopRequest, die_with_parent, worker_pool
+from lib.core.settings import Runtime, Settings
+
+FORMAT_VERSION = (
+    1  # part of every fingerprint: raise it when the meaning of a working state changes
+)
+DONE, STATE = "done.json", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What a stage script declares. `{name}` stands for the item that `--name` (or `--run`) gives."""
+
+    name: str
+    about: str  # one sentence, shown by --help
+    sections: tuple[str, ...]  # parameters it may read, as dvc.yaml tracks them
+    inputs: dict[str, str] = field(default_factory=dict)  # option -> default path
+    out: str  # default path of the output
+    item: str | None = None  # "name" or "run": the option that picks the foreach item
+    work: str = "data/work"  # where working state lies
+    defer_stop: bool = False  # True: commit at the next step instead of dropping the unit in hand
+
+
+class Declared:
+    """The settings, seen through the stage's declaration: an undeclared section is a bug."""
+
+    def __init__(self, settings: Settings, sections: Sequence[str]) -> None:
+        self._settings = settings
+        self._allowed = {s.split(".")[0] for s in sections}
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in self._allowed, f"section {name} is not declared by this stage"
+        return getattr(self._settings, name)
+
+
+class Run:
+    """One running stage: its parameters, paths and voice."""
+
+    def __init__(self, stage: Stage, settings: Settings, arguments: argparse.Namespace) -> None:
+        self.stage = stage
+        self.name: str = getattr(arguments, stage.item) if stage.item else ""
+        self.settings = Declared(settings, stage.sections)
+        self.runtime: Runtime = settings.runtime
+        self.inputs = {option: Path(getattr(arguments, option)) for option in stage.inputs}
+        self.out = Path(arguments.out)
+        self.title = f"{stage.name}@{self.name}" if self.name else stage.name
+        self.stop = StopRequest(
+            f"interrupted in {self.title}, finished work is kept; run the same command to continue",
+            stage.defer_stop,
+        )
+        self.work = Path()  # set by `_open_work`
+        self.started = time.time()
+        self._log: files.AppendLog | None = None
+
+    @property
+    def result(self) -> Path:
+        """Where the body builds the output: a file or a folder, committed through lib.core.files."""
+        return self.work / "result" / self.out.name
+
+    @property
+    def units(self) -> Path:
+        """Where the body keeps finished units of work for a rerun; removed when the stage is done."""
+        return self.work / "units"
+
+    def log(self, text: str) -> None:
+        """One line on stderr, and in stage.log of the working folder."""
+        line = redact(f"{self.title}: {text}")
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        if self._log is not None:
+            self._log.append({"time": round(time.time(), 3), "line": line})
+
+    def warn(self, text: str) -> None:
+        """A warning in the form of an error line; the stage goes on."""
+        self.log(f"warning: {text}")
+
+    @contextlib.contextmanager
+    def pool(self, threads: int = 1) -> Iterator[PoolMap]:
+        """Worker processes as `runtime.workers` and `runtime.executor` say."""
+        if self.runtime.executor == "ray":
+            with _ray_pool(self.runtime.workers) as mapped:
+                yield mapped
+            return
+        with worker_pool(self.runtime.workers, threads) as mapped:
+            yield mapped
+
+    @contextlib.contextmanager
+    def progress(self, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+        """Yields `advance(amount)`. A bar with rate and ETA on a terminal, else a line now and then."""
+        if (
+            sys.stderr.isatty()
+            and "NO_COLOR" not in os.environ
+            and os.environ.get("TERM") != "dumb"
+        ):
+            from tqdm import tqdm
+
+            with tqdm(total=total, unit=unit, unit_scale=True, desc=self.title, leave=False) as bar:
+                yield bar.update  # type: ignore[misc]  # returns bool, nobody looks
+            return
+        done, said, start = 0.0, time.monotonic(), time.monotonic()
+
+        def advance(amount: float) -> None:
+            nonlocal done, said
+            done += amount
+            now = time.monotonic()
+            if now - said >= self.runtime.log_every_s and done < total:
+                left = (now - start) / done * (total - done) if done else float("nan")
+                self.log(f"{done:,.0f} of {total:,.0f} {unit}, {left:.0f} s left")
+                said = now
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _ray_pool(workers: int) -> Iterator[PoolMap]:
+    try:
+        import ray  # type: ignore[import-not-found]  # an extra
+    except ImportError:
+        raise UserError(
+            "executor not available",
+            file="params.yaml",
+            value="runtime.executor is ray",
+            remedy="pip install -e '.[ray]', or executor: local",
+        ) from None
+    from lib.core.process import map_ray
+
+    ray.init(num_cpus=workers, ignore_reinit_error=True, log_to_driver=False)
+    try:
+        yield map_ray(ray, workers)
+    finally:
+        ray.shutdown()
+
+
+# ---------------------------------------------------------------- the frame
+
+
+def main(
+    stage: Stage,
+    body: Callable[[Run], None],
+    identity: Callable[[Run], dict[str, Any]],
+    *,
+    check: Callable[[Run], bool] = lambda run: True,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run `body` as the stage; returns the exit code.
+
+    identity: all that decides the bytes (resolved parameters, hashes of inputs), hashed to the
+    fingerprint. check: whether what the result names beside itself (scratch) is still right; when it
+    is not, the body runs again.
+    """
+    try:
+        arguments = _parse(stage, argv)
+        settings = load(overrides=arguments.set)
+        run = Run(stage, settings, arguments)
+        _check_item(run, settings)
+        die_with_parent()
+        with run.stop.installed(), files.exclusive_lock(run.out):
+            _run_locked(run, body, identity, check)
+        return 0
+    except KumikiError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return _fail(Interrupted("interrupted; run the same command to continue"))
+    except Exception as error:
+        mapped = by_cause(error)
+        if mapped is not None:
+            return _fail(mapped)
+        traceback.print_exc()
+        sys.stderr.write(f"this is a bug in kumiki ({stage.name}): {redact(repr(error))}\n")
+        return 1
+
+
+def _run_locked(run: Run, body: Callable, identity: Callable, check: Callable) -> None:
+    for option, path in run.inputs.items():
+        if not path.exists():
+            raise UserError("input missing", value=f"--{option} {path}", remedy="`dvc repro`")
+    described = {"stage": run.stage.name, "item": run.name, "version": FORMAT_VERSION}
+    fingerprint = artifact.key_of("work", {**described, "identity": identity(run)})
+    folder = run.stage.work.replace("{name}", run.name)
+    run.work = Path(folder) / run.title.replace("@", "_") / fingerprint
+    with files.exclusive_lock(run.work):
+        finished = _open_work(run)
+        log = files.AppendLog(run.work / "stage.log")
+        run._log = log
+        try:
+            if finished and check(run):
+                if _same(run.result, run.out):
+                    run.log("up to date")
+                    return
+                files.publish(run.result, run.out)
+                run.log(f"finished before, published again as {run.out}")
+                return
+            body(run)
+            _commit(run)
+        finally:
+            run._log = None
+            log.close()
+
+
+def _open_work(run: Run) -> bool:
+    """Make or continue the working folder; True when its result is finished and verifies."""
+    code = dag.code_hash(f"stages.{run.stage.name}", Path(__file__).resolve().parents[2])
+    state_path, done_path = run.work / STATE, run.work / DONE
+    if state_path.is_file():
+        old = files.read_json(state_path)["code"]
+        changed = sorted(n for n in old.keys() | code.keys() if old.get(n) != code.get(n))
+        finished = done_path.is_file()
+        choice = os.environ.get("KUMIKI_CODE_CHANGE")
+        if changed and not finished and choice not in ("continue", "restart"):
+            raise UserError(
+                "the code has changed since this unfinished work began",
+                file=run.work,
+                value=", ".join(changed),
+                remedy="set KUMIKI_CODE_CHANGE=continue to keep what is done, or =restart",
+            )
+        if changed and (finished or choice == "restart"):
+            files.remove_tree(run.work)
+        elif finished and not changed:
+            return _verified(run, files.read_json(done_path))
+    files.make_folder(run.work)
+    files.write_json(state_path, {"code": code})
+    return False
+
+
+def _tree(path: Path) -> dict[str, str]:
+    if path.is_file():
+        return {"": files.sha256_file(path)}
+    return {
+        p.relative_to(path).as_posix(): files.sha256_file(p)
+        for p in sorted(path.rglob("*"))
+        if p.is_file()
+    }
+
+
+def _verified(run: Run, done: dict[str, Any]) -> bool:
+    """Whether the finished result is still what it was; a damaged one is made again, with a word."""
+    if run.result.exists() and _tree(run.result) == done["tree"]:
+        return True
+    run.warn(f"the finished result in {run.work} is damaged, it is made again")
+    (run.work / DONE).unlink()
+    return False
+
+
+def _same(result: Path, out: Path) -> bool:
+    return out.exists() and out.is_dir() == result.is_dir() and _tree(result) == _tree(out)
+
+
+def _commit(run: Run) -> None:
+    """Publish the result and write the receipt: what varies by machine and moment, no output."""
+    assert run.result.exists(), f"{run.title} built no {run.result}"
+    files.publish(run.result, run.out)
+    usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    receipt = {
+        "started": run.started,
+        "seconds": round(time.time() - run.started, 3),
+        "peak_memory_bytes": max(u.ru_maxrss for u in usage) * 1024,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "workers": run.runtime.workers,
+        "threads": run.runtime.threads,
+    }
+    files.write_json(run.work / "receipt.json", receipt)
+    files.write_json(run.work / DONE, {"tree": _tree(run.result)})
+    files.remove_tree(run.units)
+
+
+def _check_item(run: Run, settings: Settings) -> None:
+    section = getattr(settings, run.stage.name, None)
+    if run.stage.item == "name" and isinstance(section, dict) and run.name not in section:
+        names = ", ".join(sorted(section))
+        raise UserError(
+            f"unknown name in {run.stage.name}", value=run.name, remedy=f"choose one of {names}"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]  # leaves by raising
+        raise UserError(message, remedy=f"see python -m {self.prog} --help")
+
+
+def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog=f"stages.{stage.name}", description=stage.about)
+    if stage.item:
+        parser.add_argument(f"--{stage.item}", required=True, help="which item of the section")
+    name = None
+    if stage.item:
+        known, _ = parser.parse_known_args(argv) if "--help" not in _words(argv) else (None, None)
+        name = getattr(known, stage.item) if known else "{name}"
+    for option, default in stage.inputs.items():
+        parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
+    parser.add_argument("--out", default=stage.out.replace("{name}", name or ""))
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one parameter of params.yaml for this run",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.set and os.environ.get("DVC_STAGE"):
+        raise UserError("--set under dvc", value=arguments.set, remedy="edit params.yaml")
+    return arguments
+
+
+def _words(argv: Sequence[str] | None) -> Sequence[str]:
+    return sys.argv[1:] if argv is None else argv
+
+
+def _fail(error: KumikiError) -> int:
+    if os.environ.get("KUMIKI_DEBUG"):
+        traceback.print_exc()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write("\n".join(report_lines(error)) + "\n")
+    return error.code
+
+
+def by_cause(error: BaseException) -> KumikiError | None:
+    """The KumikiError for a library's own exception about disk or memory, by cause, not by type.
+
+    None when nothing of the kind stands anywhere in the chain of causes: then it is a bug.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        text = str(link)
+        if isinstance(link, OSError) and link.errno:
+            name = Path(os.fsdecode(link.filename)) if link.filename else Path("x")
+            if mapped := files.as_env_error(link, name):
+                return mapped
+        if "No space left on device" in text:
+            return files.as_env_error(OSError(errno.ENOSPC, text), Path("x"))
+        if isinstance(link, MemoryError) or "out of memory" in text or "Cannot allocate" in text:
+            return EnvError("out of memory", value=text or None, remedy="lower runtime.workers")
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def input_hash(path: Path) -> str:
+    """The identity of an input: sha256 of the file, or of the folder's manifest."""
+    manifest = path / files.MANIFEST if path.is_dir() else path
+    if not manifest.is_file():
+        raise InputError("no manifest", file=path, remedy="run the stage that makes it again")
+    return files.sha256_file(manifest)
