@@ -213,7 +213,7 @@ def _build_union(kinds: Iterable[Any], value: Any, key: str, problems: list[Prob
     return None
 
 
-def _tag(kind: type) -> str | None:
+def _tag(kind: Any) -> str | None:
     hint = _hints(kind).get("kind")
     return get_args(hint)[0] if get_origin(hint) is Literal else None
 

@@ -1,9 +1,9 @@
 """The stage frame: what every stage does around its own forty lines.
 
-Order: arguments -> parameters -> inputs -> parent's death, signals -> lock -> fingerprint -> body ->
-       publish. The body builds `run.result` in the working folder; the frame gives it its name.
-State: `<work>/<fingerprint>/` lies beside the output (git- and dvc-ignored), since DVC deletes outputs
-       before a run. Finished and same code: published again in seconds. Unfinished and same code:
+Order: arguments -> parameters -> parent's death, signals -> lock -> inputs -> fingerprint -> body
+       -> publish. The body builds `run.result` in the working folder; the frame gives it its name.
+State: `<work>/<fingerprint>/` lies beside the outputs (git- and dvc-ignored), since DVC deletes
+       outputs before a run. Finished and same code: published again in seconds. Unfinished and same code:
        continued. Unfinished and other code: refused, KUMIKI_CODE_CHANGE decides (pipeline.md 6).
 Codes: see `lib.core.errors`. `except Exception` stands here and nowhere else.
 """
@@ -46,7 +46,7 @@ DONE, STATE = "done.json", "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What a stage script declares. `{name}` stands for the item that `--name` (or `--run`) gives."""
+    """What a stage script declares. `{name}` stands for the item that `--name` or `--run` gives."""
 
     name: str
     about: str  # one sentence, shown by --help
@@ -91,12 +91,12 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """Where the body builds the output: a file or a folder, committed through lib.core.files."""
+        """Where the body builds the output, a file or a folder, through lib.core.files."""
         return self.work / "result" / self.out.name
 
     @property
     def units(self) -> Path:
-        """Where the body keeps finished units of work for a rerun; removed when the stage is done."""
+        """Finished units of work, kept for a rerun; removed when the stage is done."""
         return self.work / "units"
 
     def log(self, text: str) -> None:
@@ -124,7 +124,7 @@ class Run:
 
     @contextlib.contextmanager
     def progress(self, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-        """Yields `advance(amount)`. A bar with rate and ETA on a terminal, else a line now and then."""
+        """Yields `advance(amount)`: a bar with ETA on a terminal, else a line now and then."""
         if (
             sys.stderr.isatty()
             and "NO_COLOR" not in os.environ
@@ -183,8 +183,8 @@ def main(
     """Run `body` as the stage; returns the exit code.
 
     identity: all that decides the bytes (resolved parameters, hashes of inputs), hashed to the
-    fingerprint. check: whether what the result names beside itself (scratch) is still right; when it
-    is not, the body runs again.
+    fingerprint. check: whether what the result names beside itself (scratch) is still right; when
+    it is not, the body runs again.
     """
     try:
         arguments = _parse(stage, argv)
@@ -271,7 +271,7 @@ def _tree(path: Path) -> dict[str, str]:
 
 
 def _verified(run: Run, done: dict[str, Any]) -> bool:
-    """Whether the finished result is still what it was; a damaged one is made again, with a word."""
+    """Whether the finished result is still what it was; a damaged one is made again, said aloud."""
     if run.result.exists() and _tree(run.result) == done["tree"]:
         return True
     run.warn(f"the finished result in {run.work} is damaged, it is made again")
