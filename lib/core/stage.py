@@ -3,8 +3,8 @@
 Order: arguments -> parameters -> parent's death, signals -> lock -> inputs -> fingerprint -> body
        -> publish. The body builds `run.result` in the working folder; the frame gives it its name.
 State: `<work>/<fingerprint>/` lies beside the outputs (git- and dvc-ignored), since DVC deletes
-       outputs before a run. Finished and same code: published again in seconds. Unfinished and same code:
-       continued. Unfinished and other code: refused, KUMIKI_CODE_CHANGE decides (pipeline.md 6).
+       outputs before a run. Finished, same code: published again in seconds. Unfinished, same code:
+       continued. Unfinished, other code: refused, KUMIKI_CODE_CHANGE decides (pipeline.md 6).
 Codes: see `lib.core.errors`. `except Exception` stands here and nowhere else.
 """
 
