@@ -1,0 +1,46 @@
+# Kumiki: `make repro` and `make test` are all a fresh machine with Python >= 3.11 and git needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# make repro TORCH_INDEX=<index> adds a package index, for example one with CPU-only torch wheels.
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: repro test check gate dag setup clean-state format
+
+repro: setup  ## the whole pipeline with the default parameters
+	dvc repro
+
+test: setup  ## all tests that need no accelerator
+	python -m pytest -q -m "not gpu and not slow"
+
+check: setup gate  ## what every change passes: lint, types, parameters, DAG, tests
+	ruff check .
+	ruff format --check .
+	pyright
+	python -m pytest -q -m "not gpu and not slow"
+
+gate: setup  ## dvc.yaml and dvc.lock in step with the code
+	python -m lib.core.params --check
+	python -m lib.core.dag --check
+	python -m lib.core.dag --gate
+
+dag: setup  ## write the code dependencies into dvc.yaml
+	python -m lib.core.dag --write
+
+format: setup
+	ruff check --fix .
+	ruff format .
+
+clean-state:  ## forget all working state and scratch: the next repro recomputes everything
+	rm -rf data/work checkpoints/*/work scratch
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python >= 3.11 is needed; make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 4; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "error: no venv module; install it (Debian: python3-venv)" >&2; exit 4; }
+	$(BIN)/python -m pip install --quiet $(PIP_INDEX) -c constraints.txt -e '.[test]'
+	@touch $@
