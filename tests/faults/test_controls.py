@@ -1,4 +1,4 @@
-"""Negative controls: the harness catches a writer that breaks the protocol (reliability.md 6.10)."""
+"""Negative controls: a writer that breaks the protocol is caught (reliability.md 6.10)."""
 
 from __future__ import annotations
 
