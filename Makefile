@@ -23,7 +23,10 @@ check: setup gate  ## what every change passes: lint, types, parameters, DAG, te
 gate: setup  ## dvc.yaml and dvc.lock in step with the code
 	python -m lib.core.params --check
 	python -m lib.core.dag --check
-	python -m lib.core.dag --gate
+	@out=$$(dvc repro --dry --allow-missing 2>&1) || { echo "$$out" >&2; exit 1; }; \
+	case "$$out" in *"Running stage"*) \
+	  echo "error: dvc.lock is not in step; run make repro and commit it" >&2; \
+	  echo "$$out" | grep "Running stage" >&2; exit 1;; esac
 
 dag: setup  ## write the code dependencies into dvc.yaml
 	python -m lib.core.dag --write

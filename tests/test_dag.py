@@ -1,0 +1,164 @@
+"""dvc.yaml against the code, in both directions: what a stage imports, reads, takes and makes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.core import dag
+from lib.core.stage import Stage
+from tests.conftest import ROOT
+
+STAGES = dag.stages_of(ROOT)
+LAYERS = ["kernels", "nn", "models", ("train", "eval", "export", "data")]
+
+
+def declared(name: str) -> Stage:
+    return importlib.import_module(dag.module_of(STAGES[name]["cmd"])).STAGE
+
+
+def test_every_import_is_declared_and_every_declaration_imported():
+    """An undeclared import is a change that DVC would not see."""
+    assert dag.differences(ROOT) == []
+
+
+def test_an_undeclared_import_and_an_idle_declaration_are_both_found(tmp_path):
+    """The test above must be able to fail."""
+    for part in ("lib", "stages"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "dvc.yaml").read_text()
+    text = text.replace("      - lib/core/files.py\n", "      - lib/core/nothing.py\n", 1)
+    (tmp_path / "dvc.yaml").write_text(text)
+    lines = dag.differences(tmp_path)
+    assert len(lines) == 2 and "files.py is imported" in lines[0] and "nothing.py" in lines[1]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_parameters_are_those_that_the_stage_declares(name):
+    """A section read but not tracked would leave a stale output; one tracked but unread reruns."""
+    item = {"name": "${key}", "run": "${key}", None: ""}[declared(name).item]
+    sections = {s.replace("{name}", item) for s in declared(name).sections}
+    tracked = set(STAGES[name].get("params", []))
+    overlays = {f"profiles.${{profile}}.{s}" for s in sections - {"seed"}}
+    assert tracked == sections | overlays
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_paths_of_the_command_are_dependencies_and_outputs(name):
+    body, stage = STAGES[name], declared(name)
+    words = body["cmd"].split()
+    options = {w[2:]: v for w, v in zip(words, words[1:], strict=False) if w.startswith("--")}
+    out = options.pop("out")
+    plain_outs = [o if isinstance(o, str) else next(iter(o)) for o in body["outs"]]
+    assert out in plain_outs
+    given = {k: v for k, v in options.items() if k in stage.inputs}
+    data = {d for d in body["deps"] if not d.endswith(".py")} - {"data/local", "data/samples"}
+    assert set(given.values()) == data, "the command's inputs and the data dependencies differ"
+    assert given.keys() == stage.inputs.keys(), "every input of the stage is written out"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_forbidden_forms_do_not_occur(name):
+    """Each of these fails only after hours, or leaves an orphan (pipeline.md 1, 2.6)."""
+    body = STAGES[name]
+    assert body["cmd"].startswith("exec python -m "), "without exec a shell outlives dvc"
+    assert not {"persist", "always_changed", "frozen"} & body.keys()
+    assert not re.search(r"nproc|\$\(|20\d\d-|/home|~", body["cmd"])
+    for out in body["outs"]:
+        path = out if isinstance(out, str) else next(iter(out))
+        assert not path.startswith(("/", "..")) and "://" not in path
+    assert not any("://" in d for d in body["deps"])
+    assert body.get("desc"), "dvc stage list shows a sentence for each stage"
+
+
+def test_imports_go_down_only():
+    """stages -> lib.{train,eval,export,data} -> lib.models -> lib.nn -> lib.kernels; core is free."""
+
+    def level(name: str) -> tuple[int, str]:
+        parts = name.split("/")
+        if parts[0] == "stages":
+            return 9, "stages"
+        folder = parts[1] if len(parts) > 2 else ""
+        for number, layer in enumerate(LAYERS):
+            if folder == layer or folder in layer and isinstance(layer, tuple):
+                return number + 1, folder
+        return 0, folder  # lib/__init__.py, lib/core
+
+    for path in sorted([*ROOT.glob("lib/**/*.py"), *ROOT.glob("stages/*.py")]):
+        name = path.relative_to(ROOT).as_posix()
+        for target in dag.imports_of(path, ROOT):
+            other = target.relative_to(ROOT).as_posix()
+            if other.endswith("__init__.py") and other.count("/") < 2 or other == name:
+                continue
+            (mine, folder), (theirs, their_folder) = level(name), level(other)
+            if folder == "core":
+                assert their_folder in ("core", "models"), f"{name} imports {other}"
+                continue
+            same = folder == their_folder
+            assert theirs < mine or same or (mine == theirs == 4), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("stages/[a-z]*.py")), ids=lambda p: p.stem)
+def test_help_is_fast_and_needs_no_torch(path):
+    """`--help` must answer in under a second; torch alone takes two to four."""
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['x', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('stages.{path.stem}', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules and 'datasets' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "--out" in run.stdout
+
+
+def test_a_stage_is_short():
+    """Forty to eighty lines: what is worth testing stands in lib."""
+    for path in sorted(ROOT.glob("stages/[a-z]*.py")):
+        lines = len(Path(path).read_text().splitlines())
+        assert lines <= 100, f"{path.name} has {lines} lines"
+
+
+FORBIDDEN = {
+    r"\bpickle\b": "no pickle",
+    r"torch\.(load|save)\(": "safetensors only",
+    r"allow_pickle=True": "no pickle",
+    r"yaml\.load\((?!text)": "lib.core.params.read_yaml",
+    r"(?<![\w.])(eval|exec)\(": "nothing is executed from data",
+    r"except\s*:": "name the exception",
+    r"(?<![\w.])print\(": "stages log, commands write",
+    r"extractall\(": "lib.core.archive",
+    r"shell=True": "no shell",
+    r"trust_remote_code=True": "no code from data",
+    r"random\.seed\(|torch\.manual_seed\(": "lib.core.rng",
+    r"\bNotImplementedError\b|\bTODO\b|\bFIXME\b": "no stubs",
+    r"except Exception": "the stage frame only",
+}
+ONLY_FILES = {r"""open\([^)]*["'][wax]b?\+?["']""": "files", r"os\.(replace|rename)\(": "files"}
+
+
+def test_forbidden_words_do_not_occur_in_the_code():
+    """House rules as a grep: reliability.md 8.1, style.md 9.2."""
+    found = []
+    for path in sorted([*ROOT.glob("lib/**/*.py"), *ROOT.glob("stages/*.py")]):
+        name = path.relative_to(ROOT).as_posix()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            code = line.split("#")[0]
+            for pattern, rule in {**FORBIDDEN, **ONLY_FILES}.items():
+                allowed = (
+                    (rule == "files" and name == "lib/core/files.py")
+                    or (rule == "the stage frame only" and name == "lib/core/stage.py")
+                    or "`" in code  # a docstring speaks of it
+                )
+                if re.search(pattern, code) and not allowed:
+                    found.append(f"{name}:{number}: {rule}: {line.strip()}")
+    assert found == []
