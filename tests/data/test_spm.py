@@ -84,6 +84,13 @@ def test_a_literal_space_mark_is_its_three_bytes(lossless):
     assert not set(byte_ids) & set(plain)  # ordinary spaces cost no bytes: required_chars
 
 
+def test_spaces_come_back_though_no_training_text_has_one():
+    """required_chars: without its own mark the library spells a space as the bytes of U+2581."""
+    tokenizer = Tokenizer(spm.train_sentencepiece(japanese(), section()))
+    assert len(tokenizer.encode("木 木")) == 3
+    assert_exact(tokenizer, " 木  を\u2581 ")
+
+
 def test_ids_of_the_special_pieces_are_fixed(lossless):
     assert (lossless.unk_id, lossless.pad_id, lossless.bos_id, lossless.eos_id) == (0, 1, 2, 3)
     assert lossless.specials == {"<unk>": 0, "<pad>": 1, "<s>": 2, "</s>": 3}
