@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from lib.core.stage import Stage
 from tests.conftest import ROOT
 
 STAGES = dag.stages_of(ROOT)
-LAYERS = ["kernels", "nn", "models", ("train", "eval", "export", "data")]
+RANK = {"lib": 0, "core": 1, "kernels": 2, "nn": 3, "models": 4, "stages": 6}
+RANK |= dict.fromkeys(("data", "train", "eval", "export"), 5)
 
 
 def declared(name: str) -> Stage:
@@ -53,7 +55,7 @@ def test_parameters_are_those_that_the_stage_declares(name):
 def test_paths_of_the_command_are_dependencies_and_outputs(name):
     body, stage = STAGES[name], declared(name)
     words = body["cmd"].split()
-    options = {w[2:]: v for w, v in zip(words, words[1:], strict=False) if w.startswith("--")}
+    options = {w[2:]: v for w, v in itertools.pairwise(words) if w.startswith("--")}
     out = options.pop("out")
     plain_outs = [o if isinstance(o, str) else next(iter(o)) for o in body["outs"]]
     assert out in plain_outs
@@ -78,30 +80,21 @@ def test_forbidden_forms_do_not_occur(name):
 
 
 def test_imports_go_down_only():
-    """stages -> lib.{train,eval,export,data} -> lib.models -> lib.nn -> lib.kernels; core is free."""
-
-    def level(name: str) -> tuple[int, str]:
-        parts = name.split("/")
-        if parts[0] == "stages":
-            return 9, "stages"
-        folder = parts[1] if len(parts) > 2 else ""
-        for number, layer in enumerate(LAYERS):
-            if folder == layer or folder in layer and isinstance(layer, tuple):
-                return number + 1, folder
-        return 0, folder  # lib/__init__.py, lib/core
-
+    """stages -> lib.{train,eval,export,data} -> lib.models -> lib.nn -> lib.kernels -> lib.core."""
     for path in sorted([*ROOT.glob("lib/**/*.py"), *ROOT.glob("stages/*.py")]):
-        name = path.relative_to(ROOT).as_posix()
+        mine = layer_of(path)
         for target in dag.imports_of(path, ROOT):
-            other = target.relative_to(ROOT).as_posix()
-            if other.endswith("__init__.py") and other.count("/") < 2 or other == name:
-                continue
-            (mine, folder), (theirs, their_folder) = level(name), level(other)
-            if folder == "core":
-                assert their_folder in ("core", "models"), f"{name} imports {other}"
-                continue
-            same = folder == their_folder
-            assert theirs < mine or same or (mine == theirs == 4), f"{name} imports {other}"
+            theirs = layer_of(target)
+            down = RANK[theirs] < RANK[mine] or theirs == mine
+            beside = RANK[theirs] == RANK[mine] == RANK["data"]
+            assert down or beside, f"{path.relative_to(ROOT)} imports {target.relative_to(ROOT)}"
+
+
+def layer_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    if parts[0] == "stages":
+        return "stages"
+    return parts[1] if len(parts) > 2 else "lib"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("stages/[a-z]*.py")), ids=lambda p: p.stem)
