@@ -151,18 +151,18 @@ def write(root: Path) -> bool:
 
     from lib.core import files
 
-    yaml = YAML()
-    yaml.width, yaml.preserve_quotes = 4096, True
-    yaml.indent(mapping=2, sequence=4, offset=2)
+    round_trip = YAML()
+    round_trip.width, round_trip.preserve_quotes = 4096, True
+    round_trip.indent(mapping=2, sequence=4, offset=2)
     path = root / DVC_YAML
     before = path.read_text(encoding="utf-8")
-    tree = yaml.load(before)
+    tree = round_trip.load(before)
     for raw in tree["stages"].values():
         body = raw.get("do", raw)
         data = [d for d in body.get("deps", []) if not d.endswith(".py") or "$" in d]
         body["deps"] = data + wanted_code(body, root)
     out = StringIO()
-    yaml.dump(tree, out)
+    round_trip.dump(tree, out)
     if out.getvalue() != before:
         files.write_bytes(path, out.getvalue().encode())
     return out.getvalue() != before
