@@ -1,0 +1,1 @@
+"""Operators: a PyTorch reference that is the specification, and kernels beside it."""

@@ -1,0 +1,252 @@
+"""The family contract: what trainer, evaluator, generator and exporter may ask of a model.
+
+A family file exports `Config` (frozen dataclass) and `Model`. Required of a Model:
+`__init__(config, vocab_size)` and `forward(tokens, state=None) -> (logits, state)`. Everything else
+has a working default in `Family`, which a Model inherits from. The head of a family file, down to
+the end of `Config`, uses the standard library and lib.core only: parameters are checked before
+torch is imported.
+
+Invariant: initial weights depend on (seed, parameter name) alone, not on device, rank, dtype or
+order.
+Letters: B batch, T context, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lib.core.rng import torch_generator
+from lib.models import families, load_family
+
+__all__ = ["Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family"]
+
+
+class Batch(Protocol):
+    """What `losses` reads: ids in, ids wanted (-1 = ignored), and the optimizer step they belong
+    to.
+    """
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """What the trainer knows when it asks a family for its parameter groups."""
+
+    lr: float = 3e-4  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices
+    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    batch_tokens: int = 2**19  # tokens of one optimizer step over all ranks
+    steps: int = 1  # steps of the whole run
+    param_data_ratio: float | None = None  # tokens per scaling parameter, where the run sets it
+    compute_dtype: torch.dtype = torch.float32  # of the matmuls
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters under one rule. `lr` is the peak: the schedule multiplies it.
+
+    adamw: decoupled decay, epsilon after the bias correction. muon, normuon: lib.train.optim;
+    `betas[1]` is normuon's, the momentum comes from the schedule, `weight_decay` is scheduled too.
+    """
+
+    name: str
+    params: Mapping[str, nn.Parameter]
+    rule: Literal["adamw", "muon", "normuon"] = "adamw"
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    iteration_dtype: torch.dtype = torch.bfloat16  # in which muon orthogonalises
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a family wants where the run's settings say nothing."""
+
+    schedule: str = "cosine"  # a name of lib.train.schedule
+    grad_clip: float = 1.0  # global norm, 0 = off
+    param_data_ratio: float = 20.0  # tokens per scaling parameter (arXiv 2203.15556)
+    batch_tokens: int | Literal["auto"] = 2**19
+
+
+class Family(nn.Module):
+    """Working defaults of every optional method; a Model overrides what it does differently."""
+
+    inputs: Literal["tokens", "embeddings", "contexts"] = (
+        "tokens"  # the artefact a batch is read from
+    )
+    compiled: tuple[str, ...] = ("forward",)  # methods that the trainer may wrap in torch.compile
+    attention: str = "auto"  # engine, runtime.attention; set before `place`
+    activation_checkpointing = False  # recompute blocks in backward; set by the trainer
+    max_context: int | None = None  # longest row it may be given, None = any
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """tokens (B, T) int64 -> logits (B, T, V) and an opaque state that continues the
+        sequence.
+        """
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    # ------------------------------------------------------------ losses
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """Scalar losses, one by one, each backpropagated before the next is asked for."""
+        losses = self.token_losses(batch.tokens, batch.targets)
+        yield losses.sum() / (batch.targets >= 0).sum().clamp(min=1)
+
+    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of every position in nats, (B, T) fp32; 0 where the target is -1."""
+        logits, _ = self(tokens)
+        flat = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+        )
+        return flat.view_as(targets)
+
+    # ------------------------------------------------------------ weights and place
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from `initial`, then buffers; the same values on any device."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                draw = torch_generator(seed, "weights", name)
+                parameter.copy_(self.initial(name, parameter.shape, draw))
+            self.init_buffers()
+
+    def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
+        """First value of a parameter, fp32 on the CPU: N(0, 0.02^2), vectors 1, biases 0."""
+        if len(shape) >= 2:
+            return torch.empty(shape).normal_(0, 0.02, generator=draw)
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+
+    def init_buffers(self) -> None:
+        """Fill buffers; a family that registers some overrides this, for meta tensors hold
+        nothing.
+        """
+        names = [name for name, _ in self.named_buffers()]
+        assert not names, f"{type(self).__name__} must fill its buffers {names} in init_buffers"
+
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Move to `device`; `dtype` is the compute dtype of the trainer's autocast, weights keep
+        theirs.
+        """
+        self.to(device)
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """block(*inputs), recomputed in backward where activation checkpointing is on."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    # ------------------------------------------------------------ optimisation and accounts
+
+    def param_groups(self, optim: Optim) -> list[Group]:
+        """Matrices with decay, everything else without; each parameter exactly once."""
+        named = dict(self.named_parameters())
+        matrices = {name: p for name, p in named.items() if p.ndim >= 2}
+        rest = {name: p for name, p in named.items() if p.ndim < 2}
+        common = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+        decay = {"weight_decay": optim.weight_decay, "rule": optim.optimizer}
+        groups = [
+            Group(name="matrices", params=matrices, **common, **decay),
+            Group(name="rest", params=rest, **common),
+        ]
+        return [group for group in groups if group.params]
+
+    def defaults(self) -> Defaults:
+        """Schedule, clipping, horizon and batch where the run's settings leave them open."""
+        return Defaults()
+
+    def scaling_params(self) -> int:
+        """Parameters that the horizon (tokens per parameter) counts."""
+        return sum(p.numel() for p in self.parameters())
+
+    def reference_params(self) -> int:
+        """`scaling_params` of the size at which the family's batch and decay were tuned."""
+        return self.scaling_params()
+
+    def flops_per_token(self, T: int) -> int:
+        """Training FLOPs of one token: 6 per weight of a matrix outside embedding tables
+        (2204.02311).
+        """
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        return 6 * sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in tables)
+
+    def notes(self) -> list[str]:
+        """Lines for the log before step 0, such as the attention engine in use."""
+        return []
+
+    def log_scalars(self) -> dict[str, float]:
+        """Extra numbers for the log line of this step, by name."""
+        return {}
+
+    def progress(self) -> str | None:
+        """The family's own progress lines, printed below the step line."""
+        return None
+
+    # ------------------------------------------------------------ state
+
+    def repeat_state(self, state: Any, n: int) -> Any:
+        """`state` with row 0 copied to n rows; tensors are expected to be batch first."""
+        if isinstance(state, Tensor):
+            return state[:1].expand(n, *state.shape[1:]).contiguous() if state.ndim else state
+        if isinstance(state, Mapping):
+            return {key: self.repeat_state(value, n) for key, value in state.items()}
+        if isinstance(state, tuple | list):
+            items = [self.repeat_state(value, n) for value in state]
+            return type(state)(*items) if hasattr(state, "_fields") else type(state)(items)
+        return state
+
+    def attach(self, folder: Path) -> None:
+        """Open or create state that lives on disk beside the weights."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the checkpoint's manifest records of the state on disk."""
+        return {}
+
+    def flush(self) -> None:
+        """Make the state on disk durable, before a manifest names it."""
+
+    def sweep_end(self) -> bool:
+        """True: commit a checkpoint before the next step."""
+        return False
+
+
+def build(
+    family: ModuleType,
+    config: Any,
+    vocab_size: int,
+    *,
+    seed: int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Family:
+    """A model on `device` with initial weights of `seed`, or with `weights` (exactly its state
+    dict).
+
+    Built on the meta device first, so nothing is computed twice and nothing depends on construction
+    order.
+    """
+    with torch.device("meta"):
+        model = family.Model(config, vocab_size)
+    model.to_empty(device="cpu")
+    if weights is not None:
+        model.load_state_dict(weights)
+    else:
+        assert seed is not None, "give a seed or weights"
+        model.init_weights(seed)
+    model.place(device, dtype)
+    return model

@@ -1,0 +1,1 @@
+"""Optimisation: schedules, optimizers, and the loop that serves every family."""
