@@ -349,7 +349,7 @@ class Model(Family):
         rope = rope_tables(
             start, n, self.config.shape[0] // self.config.shape[1], s.rope_theta, x.device, dtype
         )
-        middle, keys, values = x, [], []
+        middle, keys, values, windows = x, [], [], self.config.layer_windows()
         for i, block in enumerate(self.blocks):
             if s.resid_mix:
                 x = self.resid[i] * x + self.skip[i] * x0
@@ -357,7 +357,7 @@ class Model(Family):
             past = (state.keys[i], state.values[i]) if state else None
             x, k, v = self.run_block(block, x, rope, table, past, self.attention)
             if keep:  # a windowed layer never looks back further than its window
-                reach = block.attn.window or k.shape[2]
+                reach = windows[i] or k.shape[2]
                 keys.append(k[:, :, -reach:])
                 values.append(v[:, :, -reach:])
             if i == self.config.depth // 2:

@@ -1,0 +1,15 @@
+"""Symmetric products for Muon: X X^T, and b A + c A A^T for symmetric A. No autograd."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lib.kernels.xxt.reference import xxt as _reference
+
+
+def xxt(X: Tensor, alpha: float = 1.0, beta: float = 0.0, A: Tensor | None = None) -> Tensor:
+    """alpha X X^T + beta A for a batch X (b, n, m) with n <= m; A (b, n, n) symmetric."""
+    b, n, m = X.shape
+    if n > m or (A is not None and A.shape != (b, n, n)):
+        raise ValueError(f"X {tuple(X.shape)} must be wide, A {A and tuple(A.shape)} square")
+    return _reference(X, alpha, beta, A)
