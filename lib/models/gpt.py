@@ -62,6 +62,34 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def _below(value: object, least: int) -> bool:
+    return value is not None and (not isinstance(value, int) or value < least)
+
+
+def _other_letters(windows: str) -> str:
+    odd = sorted(set(windows) - {"S", "L"})
+    return f", not {', '.join(odd)}" if odd else ""
+
+
+def _fits(d: int, H: int) -> bool:
+    return d % H == 0 and (d // H) % 2 == 0
+
+
+def _near(config: Config, key: str) -> list[int]:
+    """The nearest valid value of depth or width below, and the two nearest above."""
+
+    def fits(x: int) -> bool:
+        if key == "width":
+            return _fits(x, config.heads or 1)
+        d = config.aspect_ratio * x
+        H = -(-d // config.head_dim)
+        return _fits(config.head_dim * H if config.variant == "modern" else d, H)
+
+    now = getattr(config, key)
+    below = [x for x in range(now - 1, 0, -1) if fits(x)][:1]
+    return below + [x for x in range(now + 1, now + 2 * now + 128) if fits(x)][:2]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Section `model.gpt`. A switch that is null has the value of its variant."""
@@ -161,34 +189,6 @@ class Config:
         its["width"], its["heads"], its["kv_heads"] = other.shape
         given = {"variant", "aspect_ratio", "head_dim"}  # only ways to say the sizes above
         return [(n, own[n], its[n]) for n in own if n not in given and own[n] != its[n]]
-
-
-def _below(value: object, least: int) -> bool:
-    return value is not None and (not isinstance(value, int) or value < least)
-
-
-def _other_letters(windows: str) -> str:
-    odd = sorted(set(windows) - {"S", "L"})
-    return f", not {', '.join(odd)}" if odd else ""
-
-
-def _fits(d: int, H: int) -> bool:
-    return d % H == 0 and (d // H) % 2 == 0
-
-
-def _near(config: Config, key: str) -> list[int]:
-    """The nearest valid value of depth or width below, and the two nearest above."""
-
-    def fits(x: int) -> bool:
-        if key == "width":
-            return _fits(x, config.heads or 1)
-        d = config.aspect_ratio * x
-        H = -(-d // config.head_dim)
-        return _fits(config.head_dim * H if config.variant == "modern" else d, H)
-
-    now = getattr(config, key)
-    below = [x for x in range(now - 1, 0, -1) if fits(x)][:1]
-    return below + [x for x in range(now + 1, now + 2 * now + 128) if fits(x)][:2]
 
 
 # ---------------------------------------------------------------- scaling, pure

@@ -10,6 +10,8 @@ from lib.kernels.xxt.reference import xxt as _reference
 def xxt(X: Tensor, alpha: float = 1.0, beta: float = 0.0, A: Tensor | None = None) -> Tensor:
     """alpha X X^T + beta A for a batch X (b, n, m) with n <= m; A (b, n, n) symmetric."""
     b, n, m = X.shape
-    if n > m or (A is not None and A.shape != (b, n, n)):
-        raise ValueError(f"X {tuple(X.shape)} must be wide, A {A and tuple(A.shape)} square")
+    if n > m:
+        raise ValueError(f"X {tuple(X.shape)} must be wide")
+    if A is not None and A.shape != (b, n, n):
+        raise ValueError(f"A {tuple(A.shape)} must be square, X is {tuple(X.shape)}")
     return _reference(X, alpha, beta, A)
