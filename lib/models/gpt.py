@@ -323,6 +323,7 @@ class Model(Family):
         self.config, self.vocab_size, self.max_context = config, vocab_size, config.context
         self.switches = s = config.switches
         (d, H, K), rows = config.shape, config.padded(vocab_size)
+        self.windows, self.head_dim = config.layer_windows(), d // H
         dtype = getattr(torch, config.embedding_dtype)
         self.wte = Table(rows, d, dtype)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
@@ -346,10 +347,8 @@ class Model(Family):
         dtype, wide = self._dtypes(tokens.device)
         e = rms_norm(self.wte(tokens).to(wide))
         x = x0 = self._smeared(e, state) if s.smear else e
-        rope = rope_tables(
-            start, n, self.config.shape[0] // self.config.shape[1], s.rope_theta, x.device, dtype
-        )
-        middle, keys, values, windows = x, [], [], self.config.layer_windows()
+        rope = rope_tables(start, n, self.head_dim, s.rope_theta, x.device, dtype)
+        middle, keys, values = x, [], []
         for i, block in enumerate(self.blocks):
             if s.resid_mix:
                 x = self.resid[i] * x + self.skip[i] * x0
@@ -357,7 +356,7 @@ class Model(Family):
             past = (state.keys[i], state.values[i]) if state else None
             x, k, v = self.run_block(block, x, rope, table, past, self.attention)
             if keep:  # a windowed layer never looks back further than its window
-                reach = windows[i] or k.shape[2]
+                reach = self.windows[i] or k.shape[2]
                 keys.append(k[:, :, -reach:])
                 values.append(v[:, :, -reach:])
             if i == self.config.depth // 2:
@@ -455,7 +454,7 @@ class Model(Family):
 
     def notes(self) -> list[str]:
         """The attention engine in use."""
-        short = [w for w in self.config.layer_windows() if w]
+        short = [w for w in self.windows if w]
         full = f"sdpa in {self.config.depth - len(short)} full layers"
         windowed = f"{self._engine} in {len(short)} layers of window {short[0]}, " if short else ""
         return [f"attention: {windowed}{full}"]
@@ -526,7 +525,7 @@ class Model(Family):
     def _visible(self, T: int) -> int:
         """Sum over layers of H D min(w, T)."""
         d = self.config.shape[0]
-        return sum(d * min(w or T, T) for w in self.config.layer_windows())
+        return sum(d * min(w or T, T) for w in self.windows)
 
     def flops_per_token(self, T: int) -> int:
         """Training, 6 a weight and 12 a visible key channel; causality not halved (arXiv
