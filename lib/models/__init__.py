@@ -22,9 +22,7 @@ def families() -> list[str]:
 
 
 def load_family(name: str) -> ModuleType:
-    """The module `lib.models.<name>` with its `Config` and `Model`; UserError for an unknown
-    name.
-    """
+    """The module `lib.models.<name>` with `Config` and `Model`; UserError for an unknown name."""
     known = families()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1) or known

@@ -31,9 +31,7 @@ __all__ = ["Batch", "Defaults", "Family", "Group", "Optim", "build", "families",
 
 
 class Batch(Protocol):
-    """What `losses` reads: ids in, ids wanted (-1 = ignored), and the optimizer step they belong
-    to.
-    """
+    """What `losses` reads: ids in, ids wanted (-1 = ignored), and their optimizer step."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
@@ -95,9 +93,7 @@ class Family(nn.Module):
     max_context: int | None = None  # longest row it may be given, None = any
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """tokens (B, T) int64 -> logits (B, T, V) and an opaque state that continues the
-        sequence.
-        """
+        """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     # ------------------------------------------------------------ losses
@@ -132,16 +128,12 @@ class Family(nn.Module):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
 
     def init_buffers(self) -> None:
-        """Fill buffers; a family that registers some overrides this, for meta tensors hold
-        nothing.
-        """
+        """Fill buffers: a family that registers some overrides this, meta tensors hold nothing."""
         names = [name for name, _ in self.named_buffers()]
         assert not names, f"{type(self).__name__} must fill its buffers {names} in init_buffers"
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Move to `device`; `dtype` is the compute dtype of the trainer's autocast, weights keep
-        theirs.
-        """
+        """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
         self.to(device)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
@@ -178,9 +170,7 @@ class Family(nn.Module):
         return self.scaling_params()
 
     def flops_per_token(self, T: int) -> int:
-        """Training FLOPs of one token: 6 per weight of a matrix outside embedding tables
-        (2204.02311).
-        """
+        """Training FLOPs of one token: 6 a weight, embedding tables apart (arXiv 2204.02311)."""
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
         return 6 * sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in tables)
 
@@ -234,8 +224,7 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Family:
-    """A model on `device` with initial weights of `seed`, or with `weights` (exactly its state
-    dict).
+    """A model on `device` with first weights of `seed`, or with `weights`, its whole state dict.
 
     Built on the meta device first, so nothing is computed twice and nothing depends on construction
     order.

@@ -1,5 +1,4 @@
-"""GPT, the nanochat-style family: RMSNorm without weights, RoPE, QK-norm, relu^2, Muon; two eras,
-one model.
+"""GPT, the nanochat-style family: weightless RMSNorm, RoPE, QK-norm, relu^2, Muon; two eras.
 
 `variant` chooses defaults: base = October 2025 (exports to transformers' nanochat class), modern =
 July 2026. Every difference is a switch of its own. In: ids (B, n). Out: logits (B, n, V),
@@ -24,7 +23,7 @@ from lib.core.settings import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models.base import Batch, Defaults, Family, Group, Optim
 from lib.nn.attention import causal_attention, choose_engine
-from lib.nn.linear import Linear, require_fp8
+from lib.nn.linear import Linear, Table, require_fp8
 from lib.nn.norm import rms_norm
 from lib.nn.rope import Tables, rope_tables, rotate
 
@@ -198,9 +197,7 @@ REFERENCE_BATCH = 2**19  # tokens of a step at which rates and decay were tuned,
 
 
 def scaling_params(config: Config, vocab_size: int) -> int:
-    """P of tokens per parameter. base: every parameter; modern: block matrices with gates, and the
-    head.
-    """
+    """P of tokens per parameter: all of base; block matrices, gates and head of modern."""
     (d, H, K), L, rows = config.shape, config.depth, config.padded(vocab_size)
     kv = K * d // H  # K D
     blocks = L * (2 * d * d + 2 * d * kv + 2 * config.mlp_ratio * d * d)
@@ -220,9 +217,7 @@ def reference_params(config: Config, vocab_size: int) -> int:
 
 
 def batch_factor(batch_tokens: int) -> float:
-    """eta = sqrt(batch / 2^19) in [0.25, 2]: modern rates follow the batch; a toy batch must still
-    learn.
-    """
+    """eta = sqrt(batch / 2^19) in [0.25, 2]: rates follow the batch, yet a toy still learns."""
     return min(2.0, max(0.25, math.sqrt(batch_tokens / REFERENCE_BATCH)))
 
 
@@ -237,9 +232,7 @@ def muon_decay(batch_tokens: int, tokens: float, reference_tokens: float) -> flo
 
 
 class State(NamedTuple):
-    """A sequence so far: its length, its last embedding (B, 1, d), and k, v (B, K, m, D) per
-    layer.
-    """
+    """Rows so far: length, last embedding (B, 1, d), k and v (B, K, m, D) of each layer."""
 
     position: int
     last: Tensor
@@ -248,9 +241,7 @@ class State(NamedTuple):
 
 
 class Attention(nn.Module):
-    """q, k, v, o without bias; RoPE, then QK-norm, then causal softmax within the layer's
-    window.
-    """
+    """RoPE, then QK-norm, then causal softmax within the layer's window; no biases."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -266,26 +257,20 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        n: Tensor,
+        x: Tensor,
         rope: Tables,
         table: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
         engine: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """n: normed (B, n, d); table: value embeddings (B, n, K D) -> output, and all k, v to
-        keep.
-        """
-        q, k, v = (  # (B, heads, n, D)
-            layer(n).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for layer, heads in (
-                (self.q, self.heads),
-                (self.k, self.kv_heads),
-                (self.v, self.kv_heads),
-            )
-        )
+        """normed x (B, n, d), value embeddings (B, n, K D) -> output, and all k, v so far."""
+        K = self.kv_heads
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
+        k = self.k(x).unflatten(-1, (K, -1)).transpose(1, 2)  # (B, K, n, D)
+        v = self.v(x).unflatten(-1, (K, -1)).transpose(1, 2)
         if self.gate is not None and table is not None:
-            gates = 3 * torch.sigmoid(self.gate(n[..., : self.gate.weight.shape[1]]))  # (B, n, K)
-            extra = gates[..., None] * table.unflatten(-1, (self.kv_heads, -1))
+            gates = 3 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))  # (B, n, K)
+            extra = gates[..., None] * table.unflatten(-1, (K, -1))
             v = (v + extra.transpose(1, 2)).to(v.dtype)
         q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k, rope))
         if past is not None:
@@ -305,9 +290,7 @@ class Block(nn.Module):
         self.down = Linear(config.mlp_ratio * d, d, fp8=config.fp8)
 
     def forward(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, n, d) -> the same, and the layer's k, v; context: the other arguments of
-        Attention.
-        """
+        """x (B, n, d) -> the same, and k, v; context: the other arguments of Attention."""
         out, k, v = self.attn(rms_norm(x), *context)
         x = x + out
         return x + self.down(F.relu(self.up(rms_norm(x))).square()), k, v
@@ -317,6 +300,7 @@ class Model(Family):
     """wte -> L blocks -> norm -> untied head; switches as in `Config`."""
 
     compiled = ("hidden",)
+    _engine = "auto"  # of windowed layers, known once placed
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
@@ -366,18 +350,14 @@ class Model(Family):
         return x, kept
 
     def _smeared(self, e: Tensor, state: State | None) -> Tensor:
-        """e_t + lambda sigma(w . e_t[:c]) e_(t-1); the first position of a sequence has nothing
-        before it.
-        """
+        """e_t + lambda sigma(w . e_t[:c]) e_(t-1); before the first position there is nothing."""
         first = torch.zeros_like(e[:, :1]) if state is None else state.last
         before = torch.cat((first, e[:, :-1]), dim=1)
         gate = torch.sigmoid(self.smear(e[..., : self.smear.weight.shape[1]]))
         return e + (self.smear_scale * gate * before).to(e.dtype)
 
     def _dtypes(self, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-        """(of the matmuls, of the residual stream). Under autocast the stream keeps the table's
-        dtype.
-        """
+        """Of the matmuls and of the residual stream, which under autocast keeps the table's."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type), self.wte.weight.dtype
         return self.head.weight.dtype, self.head.weight.dtype
@@ -454,7 +434,7 @@ class Model(Family):
 
     def notes(self) -> list[str]:
         """The attention engine in use."""
-        short = [w for w in self.windows if w]
+        short = [w for w in self.windows if w and w < self.config.context - 1]
         full = f"sdpa in {self.config.depth - len(short)} full layers"
         windowed = f"{self._engine} in {len(short)} layers of window {short[0]}, " if short else ""
         return [f"attention: {windowed}{full}"]
@@ -478,9 +458,7 @@ class Model(Family):
         return reference_params(self.config, self.vocab_size)
 
     def param_groups(self, optim: Optim) -> list[Group]:
-        """The era's table of rates (`lr`, `betas`, `weight_decay` of `optim` have no part in
-        it).
-        """
+        """The era's table; `lr`, `betas`, `eps`, `weight_decay` of `optim` have no part in it."""
         modern = self.switches.optim == "modern"
         eta = batch_factor(optim.batch_tokens) if modern else 1.0
         m = (self.config.shape[0] / 768) ** -0.5
@@ -528,9 +506,7 @@ class Model(Family):
         return sum(d * min(w or T, T) for w in self.windows)
 
     def flops_per_token(self, T: int) -> int:
-        """Training, 6 a weight and 12 a visible key channel; causality not halved (arXiv
-        2204.02311).
-        """
+        """6 a weight, 12 a visible key channel; causality is not halved (arXiv 2204.02311)."""
         return 6 * self._matmul_weights() + 12 * self._visible(T)
 
     def decode_flops(self, n: int) -> int:
@@ -541,18 +517,6 @@ class Model(Family):
         """Bytes that one position adds to the state of a row (windowed layers stop growing)."""
         d, H, K = self.config.shape
         return 2 * self.config.depth * K * d // H * element_bytes
-
-
-class Table(nn.Module):
-    """An embedding table, left uninitialised: the family draws it."""
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, n) -> (B, n, width)."""
-        return F.embedding(tokens, self.weight)
 
 
 def _group_of(name: str) -> str:

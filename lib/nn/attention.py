@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from lib.core.errors import UserError
 
 ENGINES = ("auto", "flash", "flex", "blocks", "sdpa")
-MIN_BLOCK, MAX_BLOCK = (
-    64,
-    512,
-)  # query rows of a block: smaller ones are all overhead, larger all mask
+# Query rows of a block: smaller ones are all overhead, larger ones all mask.
+MIN_BLOCK, MAX_BLOCK = 64, 512
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer without bias whose constructor computes nothing, and its fp8 form for training.
+"""Linear layers and tables whose constructors compute nothing; the fp8 form for training.
 
 fp8: tensor-wise scales, e4m3 for inputs and weights, e5m2 for gradients (arXiv 2209.05433). y = x
 w^T runs on x / s_x and w / s_w with s = amax / largest finite number; the product is scaled back by
@@ -31,6 +31,18 @@ class Linear(nn.Module):
         if self.fp8 and self.training:
             return fp8_linear(x, self.weight)
         return F.linear(x, self.weight)
+
+
+class Table(nn.Module):
+    """An embedding table, left uninitialised: the family draws it."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (...) int64 -> (..., width)."""
+        return F.embedding(tokens, self.weight)
 
 
 def require_fp8(device: torch.device) -> None:
@@ -85,9 +97,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., inputs) times weight (outputs, inputs) in fp8; out in the autocast dtype, else
-    x's.
-    """
+    """x (..., inputs) times weight (outputs, inputs) in fp8; out in x's or autocast's dtype."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))

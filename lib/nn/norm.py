@@ -1,6 +1,4 @@
-"""RMSNorm without a weight: tensor in, tensor of the same shape and dtype out; statistics in
-fp32.
-"""
+"""RMSNorm without a weight: same shape and dtype out as in, statistics in fp32."""
 
 from __future__ import annotations
 

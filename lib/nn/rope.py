@@ -15,9 +15,7 @@ Tables = tuple[Tensor, Tensor]
 def rope_tables(
     start: int, n: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> Tables:
-    """cos and sin of t theta^(-2j/D) for t = start .. start + n - 1: (n, D/2), rounded once to
-    dtype.
-    """
+    """cos and sin (n, D/2) of t theta^(-2j/D), t = start .. start + n - 1, rounded to dtype."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=wide) / head_dim)
     angles = torch.outer(torch.arange(start, start + n, device=device, dtype=wide), inverse)

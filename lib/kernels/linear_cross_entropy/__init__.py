@@ -71,9 +71,7 @@ def _forward(
     softcap: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses times scale (scale None: plain losses), and the gradients of their sum where scale is
-    given.
-    """
+    """Losses times scale (None: 1, without gradients), and the gradients of their sum."""
     with torch.autocast(h.device.type, enabled=False):
         sizes = {"vocab_size": vocab_size, "softcap": softcap, "chunk": chunk}
         losses, dh, dw = sweep(h, weight, targets, scale, **sizes)

@@ -15,17 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WHOLE_BYTES = 64 * 2**20  # on accelerators fp32 logits below this go in one chunk
-CACHE_BYTES = (
-    4 * 2**20
-)  # on CPUs a chunk of logits stays in cache: 0.84 of one chunk's time at V 4,096
+# On CPUs a chunk of logits stays in cache: 0.84 of the time of one chunk at V 4,096, n 2,048.
+CACHE_BYTES = 4 * 2**20
 
 
 def chunk_rows(n: int, width: int, vocab_size: int, device: str = "cpu") -> int:
-    """Rows per chunk. CPU: 4 MB of logits, 64 rows at least; else all rows below 64 MB of logits,
-    and
+    """Rows per chunk. CPU: 4 MB of logits, 64 rows at least. Else all rows below 64 MB of logits;
 
-    above next_pow2(ceil(n / ceil(V / d))), a chunk about as large as h (arXiv 2410.10989 section
-    3.2).
+    above it next_pow2(ceil(n / ceil(V / d))), a chunk about as large as h (arXiv 2410.10989, 3.2).
     """
     if device == "cpu":
         rows = max(1, CACHE_BYTES // (4 * vocab_size))
@@ -46,8 +43,7 @@ def sweep(
     softcap: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (n,) fp32, and, given `upstream` (n,) fp32, d(sum upstream * losses) by h and by
-    weight.
+    """Losses (n,) fp32; given `upstream` (n,) fp32, also d(sum upstream losses) by h and weight.
 
     h (n, d) in the compute dtype; weight (>= V, d), cast to it; targets (n,) int64. Without
     upstream both gradients are empty. dw is summed over chunks in weight's own dtype, whatever the
@@ -91,9 +87,7 @@ def _logits(h: Tensor, w: Tensor, softcap: float) -> tuple[Tensor | None, Tensor
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in dtype; half-precision operands keep their fp32 accumulator where the library lets
-    them.
-    """
+    """a @ b in dtype; half operands keep their fp32 accumulator where the library lets them."""
     if a.dtype == dtype:
         return a @ b
     if a.is_cuda:
@@ -104,9 +98,7 @@ def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def plain(
     h: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, softcap: float = 0.0
 ) -> Tensor:
-    """The definition in four lines with ordinary autograd, per row: what `sweep` is tested
-    against.
-    """
+    """The definition by ordinary autograd, per row: what `sweep` is tested against."""
     z = (h @ weight[:vocab_size].mT).to(_wide(h))
     if softcap > 0:
         z = softcap * torch.tanh(z / softcap)
