@@ -423,6 +423,17 @@ def test_bf16_chunks_and_recomputation_agree_with_plain_fp32():
         assert value == pytest.approx(losses["auto", False], rel=1e-5)
 
 
+def test_compiled_in_one_graph_gives_the_same_losses():
+    """Whatever the trainer compiles must trace without a break, windows and all."""
+    model = make(config_of("modern", depth=2, context=140))
+    one = batch(2, 140)
+    plain = next(iter(model.losses(one))).item()
+    for name in model.compiled:
+        compiled = torch.compile(getattr(model, name), fullgraph=True, backend="aot_eager")
+        setattr(model, name, compiled)
+    assert next(iter(model.losses(one))).item() == pytest.approx(plain, rel=1e-5)
+
+
 def test_bf16_stream_works_with_bf16_tables():
     model = make(config_of("modern", embedding_dtype="bfloat16"))
     with torch.autocast("cpu", torch.bfloat16):
