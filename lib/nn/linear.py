@@ -68,6 +68,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def scaled_matmul(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """(a q)(b q) s_a s_b in dtype, a (n, k), b (k, m). Off CUDA the same arithmetic in fp32."""
     (qa, sa), (qb, sb) = a, b
+    assert not any(side % 16 for side in (*qa.shape, *qb.shape)), "the hardware's multiple"
     if not qa.is_cuda:
         return (qa.float() @ qb.float() * (sa * sb)).to(dtype)
     # The hardware wants a by rows and b by columns.
@@ -104,5 +105,5 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.flatten(0, -2)
     n = len(rows)
     with torch.autocast(device, enabled=False):
-        out = _Fp8Linear.apply(F.pad(rows, (0, 0, 0, -n % 16)), weight)  # the hardware's multiple
+        out = _Fp8Linear.apply(F.pad(rows, (0, 0, 0, -n % 16)), weight)
     return out[:n].view(*x.shape[:-1], -1)  # type: ignore[index]  # apply is untyped

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.kernels.linear_cross_entropy import linear_cross_entropy
+from lib.kernels.linear_cross_entropy import linear_cross_entropy, reference
 from lib.kernels.linear_cross_entropy.reference import chunk_rows, plain
 
 F64 = torch.float64
@@ -147,6 +147,21 @@ def test_wrong_shapes_are_named():
             linear_cross_entropy(*bad)
     with pytest.raises(ValueError, match="vocab_size 10"):
         linear_cross_entropy(h, w, y, vocab_size=10)
+
+
+def test_the_logits_of_all_rows_never_exist(monkeypatch):
+    """Neither in the loss nor in its gradients: blocks of at most `chunk` rows."""
+    blocks = []
+    exact = reference._logits
+
+    def spy(h, w, softcap):
+        blocks.append(len(h))
+        return exact(h, w, softcap)
+
+    monkeypatch.setattr(reference, "_logits", spy)
+    h, w, y = draw(33, 8, 11, 11)
+    linear_cross_entropy(h, w, y, softcap=15.0, reduction="none", chunk=8).sum().backward()
+    assert blocks == [8, 8, 8, 8, 1] * 2
 
 
 def test_chunks_are_bounded():

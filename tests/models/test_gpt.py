@@ -50,7 +50,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 def config_of(case: str, **more) -> Config:
-    return Config(**{**TINY, **CASES[case], **more})
+    return Config(**(TINY | CASES[case] | more))
 
 
 def make(config: Config, seed: int = 1, stirred: bool = True) -> Model:
@@ -234,6 +234,68 @@ def test_base_equals_transformers_nanochat():
     with torch.no_grad():
         gap = (their(tokens).logits - model(tokens)[0]).abs().max()
     assert gap < 1e-6
+
+
+def restated(model: Model, row: Tensor) -> Tensor:
+    """The switches' formulas once more, one position and head at a time: (T,) ids, fp64 logits."""
+    c, s, w = model.config, model.switches, model.double().state_dict()
+    (d, H, K), L, T = c.shape, c.depth, len(row)
+    D = d // H
+
+    def N(x: Tensor) -> Tensor:
+        return x / (x.square().mean() + 2**-23).sqrt()
+
+    def turned(x: Tensor, t: int) -> Tensor:
+        angle = t * s.rope_theta ** (-2 * torch.arange(D // 2, dtype=torch.float64) / D)
+        z = torch.complex(x[: D // 2], x[D // 2 :]) * torch.exp(-1j * angle)
+        return s.qk_scale * N(torch.cat((z.real, z.imag)))
+
+    e = [N(w["wte.weight"][i]) for i in row]
+    x0 = list(e)
+    for t in range(1, T if s.smear else 1):
+        gate = torch.sigmoid(w["smear.weight"][0] @ e[t][:24])
+        x0[t] = e[t] + w["smear_scale"] * gate * e[t - 1]
+    x, middle = list(x0), []
+    for i in range(L):
+        if s.resid_mix:
+            x = [w["resid"][i] * a + w["skip"][i] * b for a, b in zip(x, x0, strict=True)]
+        mats = [w[f"blocks.{i}.attn.{n}.weight"] for n in "qkv"]
+        heads = [[(m @ N(a)).view(-1, D) for a in x] for m in mats]  # q, k, v by position
+        reach = 128 * -(-c.context // 512) if (s.windows * L)[i] == "S" and i < L - 1 else T
+        if f"value_tables.{i}.weight" in w:
+            for t in range(T):
+                gates = 3 * torch.sigmoid(w[f"blocks.{i}.attn.gate.weight"] @ N(x[t])[:12])
+                table = w[f"value_tables.{i}.weight"][row[t]].view(K, D)
+                heads[2][t] = heads[2][t] + gates[:, None] * table
+        out = []
+        for t in range(T):
+            joined = []
+            for h in range(H):
+                j = h * K // H
+                seen = range(max(0, t - reach), t + 1)
+                q = turned(heads[0][t][h], t)
+                p = torch.stack([q @ turned(heads[1][u][j], u) for u in seen]) / math.sqrt(D)
+                joined.append(p.softmax(0) @ torch.stack([heads[2][u][j] for u in seen]))
+            out.append(x[t] + w[f"blocks.{i}.attn.o.weight"] @ torch.cat(joined))
+        up, down = (w[f"blocks.{i}.{n}.weight"] for n in ("up", "down"))
+        x = [a + down @ (up @ N(a)).relu() ** 2 for a in out]
+        middle = x if i == L // 2 else middle
+    if s.backout:
+        x = [a - w["backout"] * b for a, b in zip(x, middle, strict=True)]
+    z = torch.stack([w["head.weight"][:V] @ N(a) for a in x])
+    return s.softcap * torch.tanh(z / s.softcap) if s.softcap else z
+
+
+@pytest.mark.parametrize("case", ["modern", "modern_grouped", "one_layer", *SWITCHES])
+def test_every_switch_follows_its_formula(case):
+    """Against a restatement position by position; 133 ids see a window of 128 end."""
+    windows = case == "windows"
+    sizes = {"width": 8, "depth": 2} if windows else {}
+    model = make(config_of(case, embedding_dtype="float32", **sizes))
+    tokens = ids(1, 133 if windows else 9)
+    want = restated(model, tokens[0])
+    with torch.no_grad():
+        assert (model(tokens)[0][0] - want).abs().max() < 1e-10
 
 
 # ---------------------------------------------------------------- every switch alone
