@@ -46,7 +46,7 @@ class Plan:
     units: tuple[Unit, ...]
 
 
-def plan(
+def plan_encoding(
     settings: Encoding,
     documents_folder: Path,
     tokenizer_folder: Path,

@@ -204,20 +204,22 @@ def pack_stream(documents: Documents, counts: PackCounts, *, context: int) -> It
         if ready == done:
             continue
         ends = np.append(begins[1:], end)
-        yield _cut(begins, ends, starts, context, range(done, ready), counts)
+        for low in range(done, ready, BLOCK_ROWS):
+            high = min(low + BLOCK_ROWS, ready)
+            first = int(np.searchsorted(ends, low * context, side="right"))
+            last = int(np.searchsorted(begins, high * context, side="right"))
+            pieces = begins[first:last], ends[first:last], starts[first:last]
+            yield _cut(*pieces, context, range(low, high), counts)
         open_ = ends > ready * context
         begins, starts = begins[open_], starts[open_]
-        skip = max(
-            ready * context - int(begins[0]), 0
-        )  # a row's last token opens the next, so one is left
+        # The last token of a row opens the next one, so at least one piece is left.
+        skip = max(ready * context - int(begins[0]), 0)
         begins[0] += skip
         starts[0] += skip
         done = ready
     counts.tail = end - done * context - 1 if end else 0
-    assert counts.rows == done and counts.tail >= 0, f"packing law broken: {counts}"
-    assert counts.tokens == (done * context + 1 + counts.tail if end else 0), (
-        f"law broken: {counts}"
-    )
+    out = counts.rows * context + 1 + counts.tail if end else 0
+    assert counts.tokens == out and counts.tail >= 0, f"packing law broken: {counts}"
 
 
 def _joined(begins: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,9 +238,8 @@ def _cut(
     counts: PackCounts,
 ) -> RowBlock:
     """The segments of `rows`: pieces [begins, ends) of x cut at the rows' borders, in row order."""
-    first = np.maximum(
-        -(-begins // context) - 1, rows.start
-    )  # row k ends with token (k + 1) context
+    # Row k is [k T, (k + 1) T], both ends included.
+    first = np.maximum(-(-begins // context) - 1, rows.start)
     last = np.minimum((ends - 1) // context, rows.stop - 1)
     times = np.maximum(last - first + 1, 0)
     upto = np.cumsum(times)

@@ -238,7 +238,8 @@ class MixtureReport:
         """One log line a source."""
         return [
             f"{s.name}: target {100 * s.target_share:.1f} %, realised "
-            f"{100 * s.realised_share:.1f} % of tokens, {s.documents:,} documents, {s.bytes:,} bytes, epochs {s.epochs}"
+            f"{100 * s.realised_share:.1f} % of tokens, {s.documents:,} documents, "
+            f"{s.bytes:,} bytes, epochs {s.epochs}"
             for s in self.sources
         ]
 
