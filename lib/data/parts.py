@@ -168,20 +168,29 @@ def _read_batches(path: Path) -> Iterator[_Batch]:
         for group in range(reader.num_row_groups):
             about = reader.metadata.row_group(group)
             step = BATCH_BYTES * about.num_rows // max(about.total_byte_size, 1)
-            step = min(max(step, 1), 4096)
+            step = min(max(step, 1), 1024)
             for batch in reader.iter_batches(step, row_groups=[group], columns=["text", "id"]):
-                text = batch.column("text")
-                sizes = (
-                    pc.call_function("binary_length", [text])
-                    .to_numpy(zero_copy_only=False)
-                    .astype(np.int64)
-                )
-                yield _Batch(text.to_pylist(), batch.column("id").to_pylist(), sizes, first, total)
+                text, ids = batch.column("text"), batch.column("id").to_pylist()
+                sizes = pc.call_function("binary_length", [text])
+                sizes = sizes.to_numpy(zero_copy_only=False).astype(np.int64)
+                # The estimate fails where long documents stand together or pages have a dictionary.
+                for a, b in _cuts(sizes):
+                    yield _Batch(text[a:b].to_pylist(), ids[a:b], sizes[a:b], first + a, total)
                 first += len(batch)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise InputError(
             "documents cannot be read", file=path, value=error, remedy="run extract_texts again"
         ) from error
+
+
+def _cuts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of documents of at most 1.5 x `BATCH_BYTES`, or of one document."""
+    upto, a = np.cumsum(sizes), 0
+    while a < len(sizes):
+        limit = (upto[a - 1] if a else 0) + BATCH_BYTES + BATCH_BYTES // 2
+        b = max(int(np.searchsorted(upto, limit, side="right")), a + 1)
+        yield a, b
+        a = b
 
 
 def _encode_batch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count, islice, pairwise
 
 import numpy as np
 import pytest
@@ -238,7 +238,7 @@ def test_stream_makes_every_token_but_the_first_a_target_once(case, size):
     counts = PackCounts()
     packed = pack_stream(blocks(lengths, size), counts, context=context)
     rows = all_rows(packed, np.arange(sum(lengths)))
-    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
+    pairs = [pair for row in rows for pair in pairwise(row)]
     assert pairs == [(i, i + 1) for i in range(len(rows) * context)]
     assert len(rows) == max(sum(lengths) - 1, 0) // context
     if sum(lengths):
