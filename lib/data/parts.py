@@ -106,7 +106,7 @@ def encode_part(unit: Unit) -> Part:
     """
     if part := _finished(unit):
         return part
-    if files.sha256_file(unit.part) != unit.sha256:
+    if not unit.part.is_file() or files.sha256_file(unit.part) != unit.sha256:
         raise InputError(
             "documents differ from their manifest", file=unit.part, remedy="run extract_texts again"
         )

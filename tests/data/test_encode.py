@@ -18,6 +18,7 @@ from lib.core.errors import EnvError, InputError, UserError
 from lib.core.process import worker_pool
 from lib.data import encode as encode_module
 from lib.data import parts as parts_module
+from lib.data import recipe as recipe_module
 from lib.data.encode import encode, plan_encoding
 from lib.data.parts import encode_part
 from lib.data.tokens import TokenStore
@@ -99,7 +100,7 @@ def test_truncation_spares_val_and_counts_what_it_drops(documents, tmp_path):
     assert store.documents("train").bytes.tolist() == lengths
 
 
-@pytest.mark.parametrize("loss", ["unit", "ids", "numbers", "note", "torn note"])
+@pytest.mark.parametrize("loss", ["unit", "ids", "numbers", "note", "torn note", "flip"])
 def test_a_killed_encoding_goes_on_after_finished_parts(documents, tmp_path, monkeypatch, loss):
     """One unit loses one of its files, or all; only that unit is encoded again, to equal bytes."""
     _, store = encode_all(documents, tmp_path)
@@ -113,6 +114,8 @@ def test_a_killed_encoding_goes_on_after_finished_parts(documents, tmp_path, mon
         path.unlink()
     if loss == "note":
         note.unlink()
+    if loss == "flip":
+        files.write_bytes(ids, ids.read_bytes()[:-1] + b"\7")
     files.write_bytes(store.folder / "train_00002.bin.part", b"of a killed run")
     encoded = []
     monkeypatch.setattr(
@@ -207,13 +210,43 @@ def test_a_document_lost_on_the_way_is_a_bug(documents, tmp_path, monkeypatch):
         encode_all(documents, tmp_path)
 
 
-def test_a_changed_part_is_named(documents, tmp_path):
+@pytest.mark.parametrize("damage", ["flip", "swap", "missing"])
+def test_a_changed_part_is_named(documents, tmp_path, damage):
+    """Another part under the name is as whole as the right one: only its hash differs."""
     part = documents / "train_en_00001.parquet"
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
-    part.write_bytes(data)
-    with pytest.raises(InputError, match=r"train_en_00001\.parquet"):
+    other = (documents / "train_en_00002.parquet").read_bytes()
+    part.unlink()
+    if damage != "missing":
+        part.write_bytes(data if damage == "flip" else other)
+    with pytest.raises(InputError, match=r"documents differ .*train_en_00001\.parquet"):
         encode_all(documents, tmp_path)
+
+
+def test_page_checksums_are_compared(documents):
+    """A flip that a careless reader decompresses to other text."""
+    part = documents / "train_en_00001.parquet"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 4] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(InputError, match=r"cannot be read .*train_en_00001\.parquet"):
+        list(parts_module._read_batches(part))
+
+
+def test_long_documents_that_stand_together_come_in_small_batches(tmp_path, monkeypatch):
+    """The mean size of a row group says little about 9 long documents among 900 short ones."""
+    monkeypatch.setattr(parts_module, "BATCH_BYTES", 5000)
+    part = ["ab"] * 500 + ["x" * 4000] * 8 + ["y" * 9000] + ["ab"] * 400
+    folder = write_documents(
+        tmp_path / "d", {"train_en_0": part, "val_en_0": ["v"]}, row_group_size=1024
+    )
+    batches = list(parts_module._read_batches(folder / "train_en_0.parquet"))
+    assert [text for batch in batches for text in batch.texts] == part
+    assert max(batch.bytes.sum() for batch in batches if len(batch.texts) > 1) <= 7500
+    assert [b.first for b in batches] == np.cumsum([0, *(len(b.texts) for b in batches)])[
+        :-1
+    ].tolist()
 
 
 def test_a_flipped_byte_and_a_short_token_file_are_named(documents, tmp_path):
@@ -310,27 +343,26 @@ def test_requeued_rows_hold_every_byte_once(documents, tmp_path):
 
 
 @pytest.mark.parametrize("order", ["as_is", "shuffled"])
-def test_a_repeated_source_comes_in_another_order(documents, tmp_path, order):
+def test_a_repeated_source_comes_in_another_order(tmp_path, order):
     """`repeat` sees a source again with a new order seed; `shuffled` shuffles every pass."""
-    twice = write_documents(tmp_path / "twice", PARTS, on_exhausted="repeat", max_epochs=2)
-    options = {"packing": "stream", "context": 2, "boundary": "none", "order": order}
-    one, single = encode_all(documents, tmp_path, **options)
-    two, double = encode_all(twice, tmp_path, **options)
-    assert two.counts["sources"]["en"]["epochs"] == 2
-    assert two.counts["rows"]["tokens"] == 2 * one.counts["rows"]["tokens"]
-
-    def stream(store: TokenStore) -> list[int]:
-        return [token for row in range(store.rows) for token in row_ids(store, row)[:2]]
-
-    first, both = stream(single), stream(double)
-    assert both[: len(first)] == first
-    assert both[len(first) : 2 * len(first)] != first
-    whole = list("".join(ALL).encode())[: len(first)]
-    assert (first == whole) == (order == "as_is")
+    folder = write_documents(
+        tmp_path / "d", PARTS, on_exhausted="repeat", max_epochs=3, sources={"en": 0.5}
+    )
+    options = {"packing": "stream", "context": 2, "order": order}
+    manifest, store = encode_all(folder, tmp_path, **options)
+    assert manifest.counts["sources"]["en"]["epochs"] == 3
+    ids = [token for row in range(store.rows) for token in row_ids(store, row)[:2]]
+    found = bytes(ids[i] if ids[i] < 256 else 0 for i in range(len(ids))).split(b"\0")[1:]
+    wanted = [text.encode() for text in ALL]
+    passes = [found[:450], found[450:900], found[900:1350]]
+    assert [sorted(one) == sorted(wanted) for one in passes[:2]] == [True, True]
+    assert (passes[0] == wanted) == (order == "as_is")
+    assert passes[1] != wanted and passes[0] != passes[1] != passes[2]
 
 
-def test_max_tokens_ends_with_the_document_that_reaches_it(documents, tmp_path):
+def test_max_tokens_ends_with_the_document_that_reaches_it(documents, tmp_path, monkeypatch):
     lengths = [len(text.encode()) + 1 for text in TRAIN[0]]
+    monkeypatch.setattr(recipe_module, "BLOCK", 7)  # the limit lies some blocks away
     for limit, wanted in ((sum(lengths[:60]), 60), (sum(lengths[:60]) + 1, 61)):
         manifest, _ = encode_all(documents, tmp_path, max_tokens=limit)
         assert manifest.counts["rows"]["documents"] == wanted
