@@ -24,8 +24,9 @@ from lib.core.process import PoolMap
 from lib.core.rng import derive_seed
 from lib.core.settings import Encoding
 from lib.data.pack import Documents, PackCounts, RowBlock, pack_bestfit, pack_stream
-from lib.data.parts import Part, PartCounts, Tokenizer, Unit, encode_part, open_cached
+from lib.data.parts import Part, PartCounts, Unit, encode_part, open_cached
 from lib.data.recipe import MixtureReport, Visits, hash_order, mix
+from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokens import INT64, SPLITS, Split, id_dtype, rows_folder
 
 REVISION = 1  # of the token files' meaning: raise it when the same settings give other bytes
@@ -53,7 +54,7 @@ def plan_encoding(
     scratch: Path,
     *,
     threads: int = 1,
-    open_tokenizer: Callable[[Path], Tokenizer],
+    open_tokenizer: Callable[[Path], Tokenizer] = load_tokenizer,
 ) -> Plan:
     """Read the manifests, lay out the units; UserError when the tokenizer lacks a boundary id."""
     documents = Manifest.read(documents_folder / files.MANIFEST)
@@ -173,7 +174,7 @@ def _count(plan: Plan, parts: list[Part]) -> dict[Split, PartCounts]:
         by_source.setdefault((unit.split, unit.source), PartCounts()).add(part.counts)
         totals[unit.split].add(part.counts)
     for split in SPLITS:
-        for source, wanted in plan.documents.counts[split].items():
+        for source, wanted in plan.documents.counts["splits"].get(split, {}).items():
             found = by_source.get((split, source), PartCounts())
             for name in ("documents", "bytes"):
                 given, got = wanted[name], getattr(found, name)

@@ -13,7 +13,7 @@ from lib.core import files
 from lib.core.artifact import Manifest, describe, scratch_folder
 from lib.core.settings import Encoding
 from lib.data.encode import encode, plan_encoding
-from lib.data.parts import Tokenizer
+from lib.data.tokenizer import Tokenizer, take_gpt2
 from lib.data.tokens import TokenStore
 
 
@@ -66,37 +66,9 @@ def open_double(folder: Path) -> Tokenizer:
     return globals()[folder.name]()
 
 
-class R50k:
-    """GPT-2's byte pairs by tiktoken, from a rank file."""
-
-    kind, vocab_size, bos_id, eos_id, pad_id, lossless = (
-        "gpt2",
-        50_257,
-        50_256,
-        50_256,
-        50_256,
-        True,
-    )
-    fingerprint = "5" * 64
-
-    def __init__(self, ranks: Path) -> None:
-        import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
-
-        pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-        table = load_tiktoken_bpe(str(ranks))
-        self.encoding = tiktoken.Encoding(
-            "r50k", pat_str=pattern, mergeable_ranks=table, special_tokens={"<|endoftext|>": 50_256}
-        )
-        self.token_bytes = np.zeros(50_257, np.int32)
-        for piece, rank in table.items():
-            self.token_bytes[rank] = len(piece)
-
-    def encode_batch(self, texts: list[str], threads: int) -> list:
-        return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
-
-    def decode_bytes(self, ids) -> bytes:
-        return self.encoding.decode_bytes(ids)
+def open_gpt2(folder: Path) -> Tokenizer:
+    """GPT-2's own, from its two files."""
+    return Tokenizer(take_gpt2(folder))
 
 
 def texts(count: int, seed: int, longest: int = 120) -> list[str]:
@@ -131,7 +103,9 @@ def write_documents(
     entries = {entry.path: entry for entry in describe(folder)}
     in_order = [entries[f"{name}.parquet"] for name in parts] + [entries["ledger.json"]]
     recipe = {"stage": "extract_texts", "rev": 1, "params": params, "inputs": {}}
-    manifest = Manifest(kind="documents", recipe=recipe, files=tuple(in_order), counts=counts)
+    manifest = Manifest(
+        kind="documents", recipe=recipe, files=tuple(in_order), counts={"splits": counts}
+    )
     manifest.write(folder / files.MANIFEST)
     return folder
 
