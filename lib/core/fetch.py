@@ -125,6 +125,8 @@ def fetch(
     unreachable, disk), Interrupted; an older file under the name stays as it was.
     """
     if sha256 is not None and target.is_file() and files.sha256_file(target) == sha256:
+        for stale in _beside(target):  # a kill came between the name and the end
+            stale.unlink(missing_ok=True)
         return Fetched(bytes=target.stat().st_size, sha256=sha256, etag=None, origin="pinned")
     job = Job(url=url, target=target, size=size, sha256=sha256, max_bytes=max_bytes, verify=verify)
     policy.check(url)  # before anything is written
@@ -298,6 +300,11 @@ class _Note:
     linked: str | None  # sha256 that the hub gave
 
 
+def _beside(target: Path) -> tuple[Path, Path]:
+    """The part and the note of a file."""
+    return target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
+
+
 class _Transfer:
     """One file over all its attempts."""
 
@@ -305,7 +312,7 @@ class _Transfer:
         self.job, self.policy, self.log, self.should_stop = job, policy, log, should_stop
         self.cap = job.size if job.size is not None else job.max_bytes
         self.part = files.ResumableFile(job.target)
-        self.note_path = self.part.part.with_name(self.part.part.name + ".json")
+        _, self.note_path = _beside(job.target)
         self.linked: str | None = None
         self.etag: str | None = None
 

@@ -228,7 +228,12 @@ def ask(
                 path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 wanted = _headers(token, headers or {})
                 connection.request(
-                    method, path, headers=wanted, preload_content=False, decode_content=False
+                    method,
+                    path,
+                    headers=wanted,
+                    preload_content=False,
+                    decode_content=False,
+                    enforce_content_length=False,  # fetch compares, and says it in a sentence
                 )
                 response = opened.enter_context(contextlib.closing(connection.getresponse()))
             for name in LINKED:
@@ -245,7 +250,7 @@ def ask(
 
                 yield Answer(url, response.status, response.headers, linked, read)
                 return
-        url = urljoin(url, target)
+        url = _join(url, target)
         if _origin(url) != _origin(parts.geturl()):
             token = None
     raise InputError(
@@ -288,12 +293,16 @@ def _retry_after(text: str | None, policy: Policy) -> float | None:
     return seconds if seconds > 0 else None
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
+def _join(url: str, location: str) -> str:
     try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port
-    except ValueError:
-        return "", None, None  # the check of the next hop names it
+        return urljoin(url, location)
+    except ValueError:  # brackets that hold no address
+        return "malformed:"  # which the check of the next hop refuses
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
 
 
 def _headers(token: str | None, more: dict[str, str]) -> dict[str, str]:
