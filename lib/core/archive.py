@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import gzip
 import re
 import stat
@@ -34,17 +35,7 @@ _SMALL_BYTES = 64 << 10  # up to here no ratio is asked for: short text repeats 
 _DIRECTORY_BYTES = 8 << 20  # of a zip's central directory: 10,000 members of 800 bytes
 _EXTENDED_HEADERS = 4  # in a row, before one member of a tar
 _PADDING_BYTES = 1 << 20  # zeros after the end of a tar
-# What the libraries raise about bytes they do not like; zipfile knows more than BadZipFile.
-_BROKEN = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    ValueError,
-    RuntimeError,
-)
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
@@ -209,12 +200,24 @@ def _members(archive: Path, limits: Limits) -> Iterator[_Member]:
 
 def _zip_members(stream: BinaryIO, limits: Limits) -> Iterator[_Member]:
     _check_directory(stream, limits)
-    with zipfile.ZipFile(stream) as archive:
-        for info in archive.infolist():
-            # orig_filename: zipfile cuts `filename` at a NUL
-            name, is_folder = info.orig_filename, info.orig_filename.endswith("/")
-            blocks = _zip_blocks(archive, info)
-            yield _Member(name, info.file_size, is_folder, _zip_refusal(info, limits), blocks)
+    with _zip_damage():
+        archive = zipfile.ZipFile(stream)
+    for info in archive.infolist():
+        # orig_filename: zipfile cuts `filename` at a NUL
+        name, is_folder = info.orig_filename, info.orig_filename.endswith("/")
+        blocks = _zip_blocks(archive, info)
+        yield _Member(name, info.file_size, is_folder, _zip_refusal(info, limits), blocks)
+
+
+@contextlib.contextmanager
+def _zip_damage() -> Iterator[None]:
+    """zipfile knows more complaints than its own: bad names, versions, offsets, short headers."""
+    try:
+        yield
+    except (struct.error, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to before the start
+            raise
+        raise zipfile.BadZipFile(str(error)) from error
 
 
 def _check_directory(stream: BinaryIO, limits: Limits) -> None:
@@ -250,8 +253,14 @@ def _zip_refusal(info: zipfile.ZipInfo, limits: Limits) -> str | None:
 def _zip_blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
     probe = copy.copy(info)
     probe.file_size += 1  # zipfile stops at the stated size: one byte more shows that there is more
-    with archive.open(probe) as stream:
-        while block := stream.read(_BLOCK):
+    with _zip_damage():
+        stream = archive.open(probe)
+    with stream:
+        while True:
+            with _zip_damage():
+                block = stream.read(_BLOCK)
+            if not block:
+                return
             yield block
 
 
@@ -275,7 +284,7 @@ def _tar_members(stream: _Readable) -> Iterator[_Member]:
             elif info.type == tarfile.XHDTYPE:
                 records = _pax_records(data)
                 name = records.get("path", name)
-                size = int(records["size"]) if "size" in records else size
+                size = _pax_size(records.get("size"), size)
             continue
         total = info.size if size is None else size
         if total < 0:
@@ -299,7 +308,7 @@ def _pax_records(data: bytes) -> dict[str, str]:
     records: dict[str, str] = {}
     while data:
         digits, _, _ = data.partition(b" ")
-        length = int(digits)
+        length = int(digits) if digits.isdigit() and len(digits) < 10 else 0
         line = data[len(digits) + 1 : length]
         if length <= len(digits) + 1 or length > len(data) or not line.endswith(b"\n"):
             raise tarfile.TarError("malformed header")
@@ -309,6 +318,14 @@ def _pax_records(data: bytes) -> dict[str, str]:
         records[key] = value
         data = data[length:]
     return records
+
+
+def _pax_size(text: str | None, otherwise: int | None) -> int | None:
+    if text is None:
+        return otherwise
+    if not re.fullmatch("[0-9]{1,19}", text):
+        raise tarfile.TarError("malformed size")
+    return int(text)
 
 
 def _tar_blocks(stream: _Readable, size: int) -> Iterator[bytes]:
