@@ -339,10 +339,7 @@ class _Transfer:
         """The note, if it describes the bytes in `.part` and the file that is wanted."""
         note = _read_note(self.note_path)
         wanted = (
-            note is not None
-            and 0 < self.part.size <= note.total
-            and note.url == bare(self.job.url)
-            and self.job.size in (None, note.total)
+            note is not None and 0 < self.part.size <= note.total and note.url == bare(self.job.url)
         )
         if not wanted and self.part.size:
             self.part.restart()

@@ -192,6 +192,13 @@ def test_c10_expansion(kind, tmp_path):
     refused(make(kind, tmp_path, [("zeros", bytes(20 << 20))]), "expand", "200 times")
 
 
+def test_c10_expansion_of_one_member(tmp_path):
+    """Behind incompressible company the archive as a whole looks harmless."""
+    noise = random.Random(3).randbytes(200_000)
+    archive = make_zip(tmp_path / "x.zip", [("noise", noise), ("zeros", bytes(20 << 20))])
+    refused(archive, "'zeros' is expanding more than 200 times")
+
+
 def test_c10_expansion_in_all_of_a_zip(tmp_path):
     """Members that share one stretch of data: none is above the ratio, all together are."""
     archive = make_zip(tmp_path / "x.zip", [("a", random.Random(1).randbytes(50_000))])

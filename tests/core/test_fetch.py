@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import errno
 import functools
 import gzip
 import hashlib
@@ -455,6 +456,13 @@ def test_c06_a_redirect_is_checked_like_the_first_url(bench, elsewhere, location
     assert list(bench.folder.iterdir()) == []
 
 
+def test_c06_a_user_name_in_a_url_is_refused(bench):
+    """It is a password in a log, or a host in disguise."""
+    bench.policy = policy_for(resolve=lambda host, port: ["127.0.0.1"])
+    location = f"https://me:{SECRET}@huggingface.co/x"
+    bench.refused(UserError, "a URL with a user name", handler=redirect(location))
+
+
 @pytest.mark.parametrize(
     "address",
     [
@@ -637,6 +645,14 @@ def test_c06_the_token_stays_with_its_host(bench, elsewhere):
     assert not any("cookie" in s.headers for s in bench.server.seen + elsewhere.seen)
     fetch(elsewhere.url("/shard.bin"), bench.folder / "b", bench.policy, log=bench.log)
     assert "authorization" not in elsewhere.seen[-1].headers  # allowed, but not the token's host
+
+
+def test_c06_the_token_does_not_follow_even_to_its_other_host(bench, elsewhere):
+    both = ("127.0.0.1", "127.0.0.2")
+    bench.policy = policy_for(private_hosts=both, token=SECRET, token_hosts=both)
+    bench.fetch(redirect(elsewhere.url("/shard.bin")))
+    assert "authorization" in bench.server.seen[0].headers
+    assert "authorization" not in elsewhere.seen[0].headers
 
 
 # ---------------------------------------------------------------- C7, C8: slow and endless
@@ -835,18 +851,16 @@ def test_a_kill_at_every_write_ends_in_the_same_tree(server, tmp_path):
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(bench, monkeypatch):
-    """ENOSPC while appending: the part is removed, it holds the space that is needed."""
+    """ENOSPC in the middle: the part is removed, it holds the space that is needed."""
     real = os.write
 
     def full(fd, data):
-        if Path(f"/proc/self/fd/{fd}").readlink().suffix == ".part" and len(data) > 1000:
-            raise OSError(28, "No space left on device")
+        if len(data) > 1000 and bench.part.exists() and bench.part.stat().st_size > 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd, data)
 
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("no /proc: descriptors have no names here")
     monkeypatch.setattr(os, "write", full)
-    bench.refused(EnvError, "disk full", "needs", "free", handler=serve(DATA))
+    bench.refused(EnvError, "disk full", "needs 307.20 kB", "free", handler=serve(DATA))
     assert not bench.part.exists()
     monkeypatch.setattr(os, "write", real)
     bench.fetch()
