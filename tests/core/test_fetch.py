@@ -353,13 +353,17 @@ def test_c05_a_part_is_continued_when_all_agrees(bench):
     assert request.headers["range"] == f"bytes={HALF}-" and request.headers["if-range"] == '"v1"'
 
 
-def test_c05_a_complete_part_needs_no_request(bench):
-    """Killed after the last byte, before the name."""
+def test_c05_a_complete_part_needs_no_request(bench, monkeypatch):
+    """Killed after the last byte, before the name: nobody has synced those bytes yet."""
+    synced: set[int] = set()
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), real(fd)))
     bench.part.write_bytes(DATA)
     note = {"url": bench.server.url("/shard.bin"), "etag": '"v1"', "linked": None}
     files.write_json(bench.note, {**note, "total": len(DATA)})
     assert bench.fetch(sha256=SHA).etag == '"v1"'
     bench.whole()
+    assert bench.target.stat().st_ino in synced
     assert bench.server.connections == 0
 
 
@@ -848,6 +852,25 @@ def test_a_kill_at_every_write_ends_in_the_same_tree(server, tmp_path):
         return path
 
     assert enumerate_crashes(action, fresh, inspect) >= 15
+
+
+def test_a_kill_while_starting_over_never_mixes_two_versions(server, tmp_path):
+    """The old half must be gone, durably, before a note speaks of the new file; no hash helps."""
+    server.routes["/a"] = serve(NEW, etag='"v2"')
+
+    def action(folder: Path) -> None:
+        fetch(server.url("/a"), folder / "a", policy_for(), log=lambda line: None)
+
+    def half_of_the_old(point: int) -> Path:
+        path = tmp_path / f"point_{point}"
+        path.mkdir()
+        (path / "a.part").write_bytes(DATA[:HALF])
+        note = {"url": server.url("/a"), "etag": '"v1"', "linked": None, "total": len(DATA)}
+        files.write_json(path / "a.part.json", note)
+        return path
+
+    assert enumerate_crashes(action, half_of_the_old, skip=lambda name: ".part" in name) >= 15
+    assert (tmp_path / "point_0" / "a").read_bytes() == NEW
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(bench, monkeypatch):
