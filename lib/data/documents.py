@@ -1,0 +1,169 @@
+"""The documents folder: how extract_texts writes texts and how everybody reads them.
+
+Files:  `<split>_<source>_<shard:05d>.parquet`, columns text and id, zstd 3, page checksums.
+Order:  names sorted, then rows. It is the order of validation scores and of `val_sha256`.
+Bytes:  a part depends on its documents and ids alone: row groups of 1,024 (fewer where they would
+        exceed 64 MiB of text), no statistics, no dictionary, no schema blob, no time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib.core import files
+from lib.core.artifact import Manifest
+from lib.core.errors import InputError, UserError
+
+KIND = "documents"
+GROUP_ROWS = 1024
+GROUP_BYTES = 1 << 26  # of text in a row group, so that one group always fits into memory
+SCHEMA = pa.schema([pa.field("text", pa.string(), False), pa.field("id", pa.string(), False)])
+
+
+def part_name(split: str, source: str, shard: int) -> str:
+    """File name of one part."""
+    return f"{split}_{source}_{shard:05d}.parquet"
+
+
+class PartWriter:
+    """Collects documents into row groups; counts what it was given."""
+
+    def __init__(self, out: files.Output) -> None:
+        self.documents = self.bytes = 0
+        self._texts: list[pa.Array] = []
+        self._ids: list[pa.Array] = []
+        self._rows = self._held = 0
+        self._writer = pq.ParquetWriter(
+            out,
+            SCHEMA,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=False,
+            write_statistics=False,
+            store_schema=False,
+            write_page_checksum=True,
+        )
+
+    def add(self, texts: pa.Array, ids: pa.Array) -> None:
+        """Append documents (string arrays of equal length)."""
+        lengths = pc.call_function("binary_length", [texts])
+        ends = np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
+        start = done = 0
+        while start < len(texts):
+            fit = int(np.searchsorted(ends, done + GROUP_BYTES - self._held, side="right"))
+            stop = min(fit, start + GROUP_ROWS - self._rows)
+            if stop <= start and not self._rows:
+                stop = start + 1  # above the limit alone: a group of its own
+            if stop > start:
+                self._texts.append(texts.slice(start, stop - start))
+                self._ids.append(ids.slice(start, stop - start))
+                self._rows += stop - start
+                self._held += int(ends[stop - 1]) - done
+                start, done = stop, int(ends[stop - 1])
+            if start < len(texts) or self._rows == GROUP_ROWS:
+                self._flush()
+        self.documents += len(texts)
+        self.bytes += int(ends[-1]) if len(ends) else 0
+
+    def close(self) -> None:
+        """Write the last group and the footer."""
+        self._flush()
+        self._writer.close()
+
+    def abandon(self) -> None:
+        """Give up: nothing more is written to a sink that will be gone."""
+        self._writer.is_open = False
+
+    def _flush(self) -> None:
+        if self._rows:
+            # One array a column: page borders would follow the pieces it was collected from.
+            columns = [pa.concat_arrays(self._texts), pa.concat_arrays(self._ids)]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), GROUP_ROWS)
+        self._texts, self._ids, self._rows, self._held = [], [], 0, 0
+
+
+@contextmanager
+def part_file(path: Path) -> Iterator[PartWriter]:
+    """Write one part, whole or not at all."""
+    with files.atomic_file(path) as out:
+        writer = PartWriter(out)
+        try:
+            yield writer
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+
+
+def row_groups(path: Path) -> Iterator[pa.Table]:
+    """Row groups of one part, page checksums verified; InputError names a damaged file."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as table:
+            for group in range(table.num_row_groups):
+                yield table.read_row_group(group, ["text", "id"], use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not _missing(error):
+            raise
+        raise InputError(
+            "damaged documents", file=path, value=error, remedy="run extract_texts again"
+        ) from None
+
+
+def _missing(error: OSError) -> bool:
+    return isinstance(error, FileNotFoundError)
+
+
+def parts_of(names: Iterable[str], split: str, source: str | None = None) -> list[str]:
+    """Those of `names` that are parts of a split (and source), in reading order."""
+    start = f"{split}_" if source is None else f"{split}_{source}_"
+    digits = len(part_name("", "", 0)) - len("__.parquet")
+    return sorted(
+        name
+        for name in names
+        if name.endswith(".parquet")
+        and name.startswith(start)
+        and (source is None or len(name) == len(start) + digits + len(".parquet"))
+    )
+
+
+def read_parts(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(id, text) of every document of some parts, a row group in memory at a time."""
+    for name in names:
+        for table in row_groups(folder / name):
+            texts, ids = table.column("text").to_pylist(), table.column("id").to_pylist()
+            yield from zip(ids, texts, strict=True)
+
+
+def read_documents(
+    folder: Path, split: str, source: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """(id, text) of every document of a split (of one source) in order.
+
+    Raises UserError when the folder is no finished artefact, InputError when a part is damaged.
+    """
+    if split not in ("train", "val"):
+        raise UserError("no such split", value=split, remedy="use train or val")
+    manifest = Manifest.read(folder / files.MANIFEST, KIND)
+    yield from read_parts(folder, parts_of((e.path for e in manifest.files), split, source))
+
+
+def val_sha256(documents: Iterable[tuple[str, str]]) -> str:
+    """Identity of a validation text (evaluation.md 2.9): sha256 over ids and texts in order.
+
+    Each string is preceded by its length in bytes (8 bytes, little endian), so borders count.
+    """
+    digest = hashlib.sha256()
+    for pair in documents:
+        for text in pair:
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+    return digest.hexdigest()
