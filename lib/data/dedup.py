@@ -50,21 +50,24 @@ def prekeys(texts: Sequence[str]) -> np.ndarray:
     The sum of a weight per character, blind to order. The weights are chosen so that neither NFKC
     nor lower case changes the sum and white space adds nothing (`_weights`).
     """
-    encoded = ("\n".join(texts) + "\n").encode("utf-16-le")  # \n weighs nothing
-    sizes = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
-    if len(encoded) != 2 * sizes.sum():
-        # Weights end at U+FFFF, and characters above may normalise to some below.
-        parts = [(_basic(text) + "\n").encode("utf-16-le") for text in texts]
-        encoded = b"".join(parts)
-        sizes = np.fromiter(map(len, parts), np.int64, len(parts)) // 2
     if not len(texts):
         return np.empty(0, np.uint64)
-    weights = _weights()[np.frombuffer(encoded, "<u2")]
-    return np.add.reduceat(weights, np.cumsum(sizes) - sizes)
-
-
-def _basic(text: str) -> str:
-    return text if len(text.encode("utf-16-le")) == 2 * len(text) else normal_text(text)
+    table = _weights()
+    codes = np.frombuffer(("\n".join(texts) + "\n").encode("utf-16-le"), "<u2")
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts)) + 1  # with \n, which weighs nothing
+    ends = np.cumsum(sizes)
+    if ends[-1] == len(codes):
+        return np.add.reduceat(table[codes], ends - sizes)
+    # Characters above U+FFFF take two codes and weigh what they decompose to.
+    high = np.flatnonzero((codes & 0xFC00) == 0xD800)
+    owner = np.searchsorted(ends, high - np.arange(len(high)), side="right")
+    sizes += np.bincount(owner, minlength=len(texts))
+    keys = np.add.reduceat(table[codes], np.cumsum(sizes) - sizes)
+    pairs = np.stack([codes[high], codes[high + 1]], 1).view("<u4").ravel()
+    distinct, which = np.unique(pairs, return_inverse=True)
+    parts = unicodedata.normalize("NFKD", "\0".join(distinct.tobytes().decode("utf-16-le")) + "\0")
+    np.add.at(keys, owner, _totals(table, parts)[which])
+    return keys
 
 
 @functools.cache
@@ -74,7 +77,7 @@ def _weights() -> np.ndarray:
     W(c) = sum of W over NFKD(c), and W(c) = sum of W over lower(c). So W is additive over canonical
     and compatibility equivalence and over case, hence equal sums for equal normal texts. Random
     weights are given to fully folded characters; those of the few characters where folding and
-    decomposing do not commute are 0. Surrogates, that is all above U+FFFF, weigh 0.
+    decomposing do not commute are 0, as are surrogates.
     """
     codes = np.arange(1 << 16, dtype=np.uint64)
     atoms = (codes + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.core import files
-from lib.core.artifact import Manifest
+from lib.core.artifact import FileEntry, Manifest
 from lib.core.errors import InputError, UserError
 
 KIND = "documents"
@@ -38,6 +38,7 @@ class PartWriter:
 
     def __init__(self, out: files.Output) -> None:
         self.documents = self.bytes = 0
+        self._out = out
         self._texts: list[pa.Array] = []
         self._ids: list[pa.Array] = []
         self._rows = self._held = 0
@@ -77,6 +78,10 @@ class PartWriter:
         """Write the last group and the footer."""
         self._flush()
         self._writer.close()
+
+    def entry(self, name: str) -> FileEntry:
+        """The closed file as a manifest lists it, hashed while it was written."""
+        return FileEntry(path=name, bytes=self._out.total_bytes, sha256=self._out.sha256)
 
     def abandon(self) -> None:
         """Give up: nothing more is written to a sink that will be gone."""

@@ -126,7 +126,8 @@ def _fill_unit(job: UnitJob, folder: Path) -> tuple[Entry, tuple[FileEntry, ...]
                 outs[SHINGLES].write(np.concatenate(sets))
                 outs[SHINGLE_COUNTS].write(np.array([len(s) for s in sets], "<u4"))
     entry.documents_out, entry.bytes_out = writer.documents, writer.bytes
-    return entry, artifact.describe(folder)
+    entries = [FileEntry(path=n, bytes=o.total_bytes, sha256=o.sha256) for n, o in outs.items()]
+    return entry, (writer.entry(DOCUMENTS), *entries)
 
 
 def _cleaned(job: UnitJob, entry: Entry) -> Iterator[tuple[list[str], list[str], pa.Array]]:
@@ -279,15 +280,16 @@ class PartJob:
     reasons: list[str]
 
 
-def write_part(job: PartJob) -> Entry:
-    """Write the part; the unit's entry with the duplicates counted.
+def write_part(job: PartJob) -> tuple[Entry, FileEntry]:
+    """Write the part; the unit's entry with the duplicates counted, and the file's.
 
     A unit that loses nothing is linked: its bytes are those that writing it again would give.
     """
-    entry = Entry.from_counts(Manifest.read(job.unit / files.MANIFEST, UNIT).counts)
+    unit = Manifest.read(job.unit / files.MANIFEST, UNIT)
+    entry = Entry.from_counts(unit.counts)
     if not len(job.rows):
         files.link_or_copy(job.unit / DOCUMENTS, job.target)
-        return entry
+        return entry, replace(unit.files[0], path=job.target.name)
     start = 0
     with part_file(job.target) as writer:
         for table in row_groups(job.unit / DOCUMENTS):
@@ -301,7 +303,7 @@ def write_part(job: PartJob) -> Entry:
             writer.add(texts.filter(pa.array(keep)), ids.filter(pa.array(keep)))
             start += len(table)
     entry.documents_out, entry.bytes_out = writer.documents, writer.bytes
-    return entry
+    return entry, writer.entry(job.target.name)
 
 
 # ---------------------------------------------------------------- the stage
@@ -333,11 +335,18 @@ def extract_texts(
             units, shards, duplicates.rows, duplicates.reasons, strict=True
         )
     ]
-    ledger = Ledger()
-    for shard, entry in zip(shards, pool_map(write_part, jobs), strict=True):
+    ledger, parts = Ledger(), []
+    for shard, (entry, part) in zip(shards, pool_map(write_part, jobs), strict=True):
         ledger.add(shard.source, shard.split, entry)
+        parts.append(part)
     ledger.check(recipe.max_drop_fraction)
-    return _commit(shards, recipe, folder, ledger, duplicates.report, missing or {})
+    table = {
+        "sources": ledger.to_json(),
+        "duplicates": duplicates.report | {"removed_share": _removed_share(ledger)},
+        "missing": {source: list(names) for source, names in (missing or {}).items()},
+    }
+    files.write_json(folder / "ledger.json", table)
+    return _commit(shards, recipe, folder, ledger, parts)
 
 
 def _commit(
@@ -345,19 +354,16 @@ def _commit(
     recipe: Recipe,
     folder: Path,
     ledger: Ledger,
-    report: dict[str, Any],
-    missing: Mapping[str, Sequence[str]],
+    parts: Sequence[FileEntry],
 ) -> Manifest:
-    table = {
-        "sources": ledger.to_json(),
-        "duplicates": report | {"removed_share": _removed_share(ledger)},
-        "missing": {source: list(names) for source, names in missing.items()},
-    }
-    names = [path.name for path in folder.glob("*.parquet")]
+    """Plain text where it is wanted, then the manifest."""
+    names = [part.path for part in parts]
+    others = ["ledger.json"]
     if recipe.plain_text:
         for split in ("train", "val"):
-            _write_plain(folder, parts_of(names, split), folder / f"{split}.txt")
-    files.write_json(folder / "ledger.json", table)
+            others.append(f"{split}.txt")
+            _write_plain(folder, parts_of(names, split), folder / others[-1])
+    entries = [*parts, *(_listed(folder / name) for name in others)]
     manifest = Manifest(
         kind=KIND,
         recipe={
@@ -366,7 +372,7 @@ def _commit(
             "params": artifact.plain(recipe),
             "inputs": _inputs(shards),
         },
-        files=artifact.describe(folder),
+        files=tuple(sorted(entries, key=lambda entry: entry.path)),
         counts={
             "splits": _split_counts(ledger),
             "val_sha256": val_sha256(read_parts(folder, parts_of(names, "val"))),
@@ -374,6 +380,10 @@ def _commit(
     )
     manifest.write(folder / files.MANIFEST)
     return manifest
+
+
+def _listed(path: Path) -> FileEntry:
+    return FileEntry(path=path.name, bytes=path.stat().st_size, sha256=files.sha256_file(path))
 
 
 def _write_plain(folder: Path, names: Iterable[str], path: Path) -> None:

@@ -17,8 +17,7 @@ from typing import IO
 
 import pyarrow as pa
 
-from lib.core import files
-from lib.core.errors import InputError
+from lib.core.errors import EnvError, InputError
 
 try:  # three times as fast; the same bytes and the same refusals
     from isal import isal_zlib as zlib_module
@@ -31,19 +30,20 @@ POSITIONS = 20  # kept per reason
 AGAIN = "fetch the file again, then run the same command"
 _READ = 1 << 18
 _BOM = b"\xef\xbb\xbf"
-_InflateError: type[Exception] = zlib_module.error
+_InflateError: type[Exception] = zlib_module.error  # type: ignore[assignment]  # isal's is untyped
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes; InputError when it is missing."""
-    with files.disk_errors(path):
-        try:
-            stream = path.open("rb")
-        except FileNotFoundError:
-            raise InputError("file is missing", file=path, remedy=AGAIN) from None
-        with stream:
-            yield stream
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        raise InputError("file is missing", file=path, remedy=AGAIN) from None
+    except OSError as error:
+        raise EnvError("file cannot be opened", file=path, value=error.strerror) from None
+    with stream:
+        yield stream
 
 
 def damaged(path: Path, cause: object) -> InputError:
@@ -93,7 +93,7 @@ def _zstd(path: Path) -> Iterator[bytes]:
     if path.stat().st_size == 0:
         raise damaged(path, "0 bytes")
     try:
-        with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+        with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, "zstd") as stream:
             while block := stream.read(BLOCK):
                 yield block
     except OSError as error:
@@ -148,6 +148,7 @@ class Lines:
 
     number: int  # of the first line, counted from 1
     lines: list[bytes]
+    block: bytes  # the same with their ends: what is asked of all lines is asked faster here
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,10 @@ def read_lines(path: Path, counts: ReadCounts) -> Iterator[Lines | LongLine]:
             yield LongLine(number, start, held_bytes + first - 1, blank and block[:first].isspace())
             number += 1
         if end >= first:
-            lines = (b"".join(held) + block[first:end]).split(b"\n")
+            whole = b"".join(held) + block[first:end]
+            lines = [line.removesuffix(b"\r") for line in whole.split(b"\n")]
             counts.lines += len(lines)
-            yield Lines(number, [line.removesuffix(b"\r") for line in lines])
+            yield Lines(number, lines, whole)
             number += len(lines)
         start += held_bytes + end + 1
         held, held_bytes = [block[end + 1 :]], len(block) - end - 1
@@ -190,7 +192,8 @@ def read_lines(path: Path, counts: ReadCounts) -> Iterator[Lines | LongLine]:
         if held_bytes > LONG:
             yield LongLine(number, start, held_bytes, blank)
         else:
-            yield Lines(number, [b"".join(held).removesuffix(b"\r")])
+            whole = b"".join(held)
+            yield Lines(number, [whole.removesuffix(b"\r")], whole)
 
 
 def region(path: Path, start: int, length: int) -> Iterator[bytes]:

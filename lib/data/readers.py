@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,7 +38,10 @@ from lib.data.strict_json import MAX_DEPTH, MAX_DIGITS, Rejected, field_chunks, 
 
 try:
     from orjson import loads as quick_loads
+
+    _LENIENT = False
 except ImportError:
+    _LENIENT = True  # lone surrogates pass
 
     def quick_loads(line: bytes, /) -> object:
         """The standard library's parser; bytes are decoded first, or UTF-16 would be guessed."""
@@ -134,7 +137,7 @@ def _json_chunks(path: Path, start: int, length: int, name: str) -> Iterator[str
 def _read_lines(
     shard: Shard,
     counts: ReadCounts,
-    parse_lines: Callable[[list[bytes]], list[str | Rejected]],
+    parse_lines: Callable[[list[bytes], bytes], Sequence[str | Rejected]],
     long_chunks: Callable[[Path, int, int], Iterator[str]],
 ) -> Iterator[Batch | LongText]:
     """What JSON lines and text have in common: blanks, ids, counting, lines too long to hold."""
@@ -159,7 +162,7 @@ def _read_lines(
             counts.lines -= len(lines) - len(pairs)  # the other split counts them
             numbers, lines = [n for n, _ in pairs], [x for _, x in pairs]
         counts.records += len(lines)
-        texts, ids = parse_lines(lines), [f"{prefix}{n}" for n in numbers]
+        texts, ids = parse_lines(lines, item.block), [f"{prefix}{n}" for n in numbers]
         if any(type(text) is Rejected for text in texts):
             for text, position in zip(texts, ids, strict=True):
                 if isinstance(text, Rejected):
@@ -197,12 +200,14 @@ class JsonLines:
         plain = name.isascii() and name.replace("_", "").isalnum()
         self.quoted = f'"{name}"'.encode() if plain else None  # else it may be spelt in many ways
 
-    def parse(self, lines: list[bytes]) -> list[str | Rejected]:
-        """One text or reason a line."""
+    def parse(self, lines: list[bytes], block: bytes) -> Sequence[str | Rejected]:
+        """One text or reason a line; block: the bytes the lines come from."""
         try:
             records = [quick_loads(line) for line in lines]
         except (ValueError, RecursionError):
             return [self.parse_line(line) for line in lines]
+        if (texts := self.trusted_block(records, block)) is not None:
+            return texts
         return [
             self.trusted(line, record) or self.strict(line)
             for line, record in zip(lines, records, strict=True)
@@ -232,9 +237,20 @@ class JsonLines:
             # A run of more than MAX_DIGITS number characters covers one of these positions.
             if not _NUMBER_BYTES.isdisjoint(line[MAX_DIGITS - 1 :: MAX_DIGITS]):
                 return None
-        if quick_loads.__module__ != "orjson" and not _encodable(text):
+        if _LENIENT and not _encodable(text):
             return None
         return text
+
+    def trusted_block(self, records: list, block: bytes) -> list[str] | None:
+        """`trusted` for records of one key each, asked of all lines at once."""
+        if _LENIENT or not self.quoted or not all(type(r) is dict and len(r) == 1 for r in records):
+            return None
+        texts = [record.get(self.name) for record in records]
+        if any(type(text) is not str for text in texts):
+            return None
+        # Each record has the key; as often as there are records means once in each.
+        once = block.count(self.quoted) == len(records) and b"\\u00" not in block
+        return texts if once else None
 
     def strict(self, line: bytes) -> str | Rejected:
         """The arbiter's word."""
@@ -265,7 +281,7 @@ def _read_txt(shard: Shard, counts: ReadCounts) -> Iterator[Batch | LongText]:
         yield text if size > LONG else Batch(["".join(text.chunks())], [text.id])
 
 
-def _decode_lines(lines: list[bytes]) -> list[str | Rejected]:
+def _decode_lines(lines: list[bytes], block: bytes) -> Sequence[str | Rejected]:
     try:
         return [line.decode() for line in lines]
     except UnicodeDecodeError:
