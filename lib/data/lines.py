@@ -174,7 +174,7 @@ def read_lines(path: Path, counts: ReadCounts) -> Iterator[Lines | LongLine]:
             continue
         first = 0
         if held_bytes > LONG:
-            first = block.find(b"\n") + 1
+            first, held = block.find(b"\n") + 1, []
             counts.lines += 1
             yield LongLine(number, start, held_bytes + first - 1, blank and block[:first].isspace())
             number += 1
