@@ -15,6 +15,7 @@ import functools
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -153,6 +154,8 @@ def exact_pairs(
 
 def _in_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the values that occur more than once, and the number of the group of each."""
+    if not len(values):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
     order = np.argsort(values, kind="stable")
     ranked = values[order]
     equal = ranked[1:] == ranked[:-1]
@@ -254,13 +257,15 @@ def near_pairs(
     recent = functools.lru_cache(maxsize=256)(sets)
     pairs = []
     distinct, starts = np.unique(document, return_index=True)
-    for number, mine in zip(distinct.tolist(), np.split(group, starts[1:]), strict=True):
-        earlier = sorted({k for g in mine.tolist() for k in kept.get(g, ())})
+    borders = pairwise([*starts.tolist(), len(group)])
+    for number, (start, end) in zip(distinct.tolist(), borders, strict=True):
+        mine = group[start:end].tolist()
+        earlier = sorted({k for g in mine for k in kept.get(g, ())})
         alike = (k for k in earlier if jaccard(recent(k), recent(number)) >= JACCARD)
         if (original := next(alike, None)) is not None:
             pairs.append((number, original))
             continue
-        for g in mine.tolist():
+        for g in mine:
             kept.setdefault(g, []).append(number)
     return np.array(pairs, np.int64).reshape(-1, 2)
 

@@ -11,7 +11,7 @@ Memory: one batch and one row group a worker, 8 bytes a document for keys (112 m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,6 +24,7 @@ import pyarrow as pa
 from lib.core import artifact, files
 from lib.core.artifact import FileEntry, Manifest
 from lib.core.errors import InputError, KumikiError
+from lib.core.process import PoolMap
 from lib.core.settings import Recipe
 from lib.data import dedup
 from lib.data.clean import Rules, clean_batch, clean_long
@@ -46,8 +47,6 @@ REV = 1  # of the rules: raised when the same input would give other documents
 UNIT = "document_unit"
 DOCUMENTS, PREKEYS, BANDS = "documents.parquet", "prekeys.bin", "bands.bin"
 SHINGLES, SHINGLE_COUNTS = "shingles.bin", "shingle_counts.bin"
-
-PoolMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
