@@ -33,17 +33,49 @@ def part_name(split: str, source: str, shard: int) -> str:
     return f"{split}_{source}_{shard:05d}.parquet"
 
 
+class _Sink:
+    """What pyarrow writes to: passes on to an output until it is cut off.
+
+    pyarrow's destructor writes a footer, even to a file given up, whose descriptor may by then be
+    another file's (test_a_writer_given_up_writes_nothing_more).
+    """
+
+    mode, closed = "wb", False
+
+    def __init__(self, out: files.Output) -> None:
+        self._out: files.Output | None = out
+        self._position = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self._out is not None:
+            self._out.write(data)
+        self._position += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self._position
+
+    def flush(self) -> None:
+        """Nothing: the output flushes at its end."""
+
+    def close(self) -> None:
+        """Nothing: the output is closed by who opened it."""
+
+    def cut(self) -> None:
+        self._out = None
+
+
 class PartWriter:
     """Collects documents into row groups; counts what it was given."""
 
     def __init__(self, out: files.Output) -> None:
         self.documents = self.bytes = 0
-        self._out = out
+        self._out, self._sink = out, _Sink(out)
         self._texts: list[pa.Array] = []
         self._ids: list[pa.Array] = []
         self._rows = self._held = 0
         self._writer = pq.ParquetWriter(
-            out,
+            self._sink,
             SCHEMA,
             compression="zstd",
             compression_level=3,
@@ -78,6 +110,7 @@ class PartWriter:
         """Write the last group and the footer."""
         self._flush()
         self._writer.close()
+        self._sink.cut()
 
     def entry(self, name: str) -> FileEntry:
         """The closed file as a manifest lists it, hashed while it was written."""
@@ -85,7 +118,7 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Give up: nothing more is written to a sink that will be gone."""
-        self._writer.is_open = False
+        self._sink.cut()
 
     def _flush(self) -> None:
         if self._rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -176,12 +175,21 @@ def test_clean_texts_take_the_shortcut(shared, monkeypatch):
     assert len(calls) < len(texts) / 20
 
 
-@settings(max_examples=400)
-@given(text=TEXTS, rules=RULES, cuts=st.lists(st.integers(0, 40), max_size=6))
-def test_chunks_equal_the_whole(text, rules, cuts):
+# Few characters each, so that what belongs together often falls on both sides of a border.
+CLOSE = st.one_of(
+    *(
+        st.text(alphabet, max_size=14)
+        for alphabet in ("\r\na", "\ufeff\x00a \n", "か\u3099ゝe\u0301")
+    )
+)
+SPACED = st.text("\u3000\u2028 \na", max_size=10)
+
+
+@settings(max_examples=600)
+@given(text=CLOSE | SPACED | TEXTS, rules=RULES, size=st.integers(1, 4))
+def test_chunks_equal_the_whole(text, rules, size):
     """CR LF, marks and whole runs of white space may fall on a border of chunks."""
-    borders = sorted({0, *(min(c, len(text)) for c in cuts), len(text)})
-    chunks = [text[a:b] for a, b in pairwise(borders)]
+    chunks = [text[a : a + size] for a in range(0, len(text), size)]
     whole, streamed = CleanCounts(), CleanCounts()
     expected = clean.clean(text, rules, whole)
     assert list(clean_long(lambda: iter(chunks), rules, streamed)) == expected

@@ -134,9 +134,12 @@ def test_minhash_is_the_formula():
     """min over x of (a x + b) mod (2^31 - 1), here in Python integers."""
     sets = [dedup.shingles(text_of(i, 40)) for i in range(5)]
     factors, shifts, mixers = (a.tolist() for a in dedup._permutations())
+    prime = 2**31 - 1
+    zero = -shifts[0] * pow(factors[0], -1, prime) % prime  # a x + b is a multiple of the prime
+    sets.append(np.array([zero], np.uint32))
     for one, keys in zip(sets, dedup.band_keys(sets).tolist(), strict=True):
         values = [
-            min((a * x + b) % (2**31 - 1) for x in one.tolist())
+            min((a * x + b) % prime for x in one.tolist())
             for a, b in zip(factors, shifts, strict=True)
         ]
         for band in range(14):

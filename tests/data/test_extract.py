@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import json
@@ -244,7 +245,7 @@ def test_linked_part_equals_one_written_again(tmp_path):
 
 
 def test_parts_have_the_promised_form(tmp_path):
-    texts = [f"document {i}" for i in range(2500)]
+    texts = [f"document\n{i}" for i in range(2500)]
     val = jsonl(tmp_path, "v.jsonl.gz", ["val"], "val")
     out = run([val, jsonl(tmp_path, "t.jsonl.gz", texts)], recipe(plain_text=True), tmp_path)
     table = pq.ParquetFile(out / "train_s_00000.parquet")
@@ -252,7 +253,7 @@ def test_parts_have_the_promised_form(tmp_path):
     assert table.schema_arrow.names == ["text", "id"]
     assert table.schema_arrow.metadata is None
     assert table.metadata.row_group(0).column(0).compression == "ZSTD"
-    assert (out / "train.txt").read_text().split("\n") == [*texts, ""]
+    assert (out / "train.txt").read_text() == "".join(f"document {i}\n" for i in range(2500))
     assert (out / "val.txt").read_text() == "val\n"
     manifest = Manifest.read(out / files.MANIFEST, "documents")
     assert [e.path for e in manifest.files] == [
@@ -291,14 +292,53 @@ def test_parts_do_not_depend_on_how_documents_arrive(tmp_path, monkeypatch):
     assert all(sum(s) <= 3000 or len(s) == 1 for s in sizes)
 
 
+def test_row_groups_of_several_pages_do_not_depend_on_pieces(tmp_path):
+    """3 MB in one group: the writer looks for a page's end after each piece it is handed."""
+    texts = [random.Random(i).randbytes(1500).hex() for i in range(1000)]
+    hashes = set()
+    for step in (1000, 100, 3):
+        with part_file(tmp_path / "p") as writer:
+            for i in range(0, 1000, step):
+                part = pa.array(texts[i : i + step])
+                writer.add(part, part)
+        hashes.add(files.sha256_file(tmp_path / "p"))
+    assert len(hashes) == 1
+
+
+def test_a_writer_given_up_writes_nothing_more(tmp_path, monkeypatch):
+    """pyarrow writes a footer when a writer is collected; the descriptor may be another file's."""
+    real = files.Output.write
+    late = []
+
+    def watched(self, data):
+        late.extend([bytes(data)] if self.closed else [])
+        return real(self, data)
+
+    monkeypatch.setattr(files.Output, "write", watched)
+    with pytest.raises(KeyError), part_file(tmp_path / "p") as writer:
+        texts = pa.array([f"text {i}" for i in range(1500)])
+        writer.add(texts, texts)
+        raise KeyError
+    del writer
+    gc.collect()
+    assert late == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_reading_back_verifies_pages(tmp_path):
+    """A flip is named or changes nothing; without page checksums a third would change the text."""
     out = run(corpus(tmp_path), recipe(**LENIENT), tmp_path)
     path = out / "train_s_00000.parquet"
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=r"train_s_00000\.parquet"):
-        list(read_documents(out, "train"))
+    whole, given = path.read_bytes(), list(read_documents(out, "train"))
+    refused = 0
+    for at in range(30, len(whole) * 3 // 4, 23):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            assert list(read_documents(out, "train")) == given, f"silently wrong: byte {at}"
+        except InputError as error:
+            assert "train_s_00000.parquet" in str(error)
+            refused += 1
+    assert refused > 50
     path.unlink()
     with pytest.raises(InputError, match=r"train_s_00000\.parquet"):
         list(read_documents(out, "train"))

@@ -192,7 +192,7 @@ def test_strict_parser_agrees_with_the_standard_library(record, ascii_only, cut,
     except Rejected as rejected:
         found = rejected
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), parse_constant=readers._refuse_constant)
     except UnicodeDecodeError:
         expected = "invalid_utf8"
     except ValueError:
@@ -317,6 +317,17 @@ def test_every_cut_of_a_gzip_is_refused(tmp_path, library):
         path.write_bytes(whole[:size])
         with pytest.raises(InputError):
             read(shard(path))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 258, 4096])
+def test_output_waiting_inside_the_decompressor_is_not_lost(tmp_path, monkeypatch, block, library):
+    """Input may be used up while a full block of output hides the rest: that is no truncation."""
+    monkeypatch.setattr(lines, "BLOCK", block)
+    data = b'{"text": "' + b"a" * 3000 + b'"}\n' + TWO[:200].rsplit(b"\n", 1)[0]
+    for reading in (1, 5, 1 << 18):
+        monkeypatch.setattr(lines, "_READ", reading)
+        path = write_gz(tmp_path / "w.jsonl.gz", data)
+        assert b"".join(lines.blocks_of(path)) == data
 
 
 def test_zstd_and_plain_give_the_same_documents(tmp_path):
