@@ -23,13 +23,17 @@ STAMPS = ".stamps.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One file of an artefact; `dtype` (numpy notation) and `shape` where it is an array."""
+    """One file of an artefact; `dtype` (numpy notation) and `shape` where it is an array.
+
+    extra: what a kind of artefact tells about each of its files (JSON values).
+    """
 
     path: str
     bytes: int
     sha256: str
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
+    extra: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        entries = [{k: v for k, v in asdict(e).items() if v is not None} for e in self.files]
+        entries = [entry_plain(e) for e in self.files]
         return files.canonical_json(
             {
                 "format": FORMAT,
@@ -88,7 +92,7 @@ class Manifest:
         if kind is not None and raw.get("kind") != kind:
             raise UserError("wrong kind of artefact", file=path, value=f"{raw['kind']}, not {kind}")
         try:
-            entries = tuple(_entry(e) for e in raw["files"])
+            entries = tuple(entry_from(e) for e in raw["files"])
             manifest = cls(
                 kind=raw["kind"], recipe=raw["recipe"], files=entries, counts=raw["counts"]
             )
@@ -103,7 +107,8 @@ class Manifest:
         return manifest
 
 
-def _entry(raw: dict[str, Any]) -> FileEntry:
+def entry_from(raw: dict[str, Any]) -> FileEntry:
+    """A FileEntry as a manifest writes it; KeyError, TypeError or ValueError when it is none."""
     name = raw["path"]
     if not isinstance(name, str) or name.startswith("/") or ".." in Path(name).parts:
         raise ValueError(f"path outside the artefact: {name!r}")
@@ -114,7 +119,13 @@ def _entry(raw: dict[str, Any]) -> FileEntry:
         sha256=str(raw["sha256"]),
         dtype=raw.get("dtype"),
         shape=shape,
+        extra=raw.get("extra"),
     )
+
+
+def entry_plain(entry: FileEntry) -> dict[str, Any]:
+    """What a manifest writes for `entry`: its fields, without the absent ones."""
+    return {k: v for k, v in asdict(entry).items() if v is not None}
 
 
 def plain(value: Any) -> Any:
@@ -207,20 +218,27 @@ def ensure(
     sha256 is not the manifest's is an InputError, as is a damaged file without a `rebuild`.
     """
     entries = list(entries)
-    stamps_path = folder / STAMPS
-    stamps = {} if full or not stamps_path.is_file() else _read_stamps(stamps_path)
+    bad = damaged(folder, entries, full=full)
+    if bad and rebuild is not None:
+        again = [e for e in entries if e.path in bad]
+        rebuild(again)
+        bad = damaged(folder, again)
+        remedy = "its source has changed"
+    else:
+        remedy = "run the stage that makes it again"
+    for name, found in bad.items():
+        raise _different(folder / name, found, remedy)
+
+
+def damaged(folder: Path, entries: Iterable[FileEntry], *, full: bool = False) -> dict[str, str]:
+    """Name -> what is wrong, for every file that is not what its entry says; cheap by stamps."""
+    path = folder / STAMPS
+    stamps = {} if full or not path.is_file() else _read_stamps(path)
     before = dict(stamps)
     bad = {e.path: found for e in entries if (found := damage(folder, e, stamps))}
-    if bad and rebuild is None:
-        name, found = next(iter(bad.items()))
-        raise _different(folder / name, found, "run the stage that makes it again")
-    if bad and rebuild is not None:
-        rebuild([e for e in entries if e.path in bad])
-        for entry in entries:
-            if entry.path in bad and (found := damage(folder, entry, stamps)):
-                raise _different(folder / entry.path, found, "its source has changed")
     if stamps != before:
-        files.write_json(stamps_path, stamps)
+        files.write_json(path, stamps)
+    return bad
 
 
 def _read_stamps(path: Path) -> dict:

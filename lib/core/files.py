@@ -434,6 +434,16 @@ def link_or_copy(source: Path, target: Path) -> None:
             raise
 
 
+def point(source: Path, target: Path) -> None:
+    """Make `target` a symbolic link to `source`: large inputs of the user are not copied."""
+    part = target.with_name(target.name + ".part")
+    make_folder(target.parent)
+    with disk_errors(target):
+        part.unlink(missing_ok=True)
+        part.symlink_to(source.absolute())
+    _rename(part, target)
+
+
 def publish(source: Path, target: Path) -> None:
     """Give the finished file or folder `source` a second name `target`, by hard links where it can.
 
@@ -539,9 +549,10 @@ class AppendLog:
 
 
 @contextlib.contextmanager
-def exclusive_lock(target: Path) -> Iterator[None]:
+def exclusive_lock(target: Path, waiting: Callable[[str], object] | None = None) -> Iterator[None]:
     """Hold `<parent>/.<name>.lock` for the output `target`; EnvError at once when another holds it.
 
+    waiting: for what several may want at once (scratch): told who holds it, then waited for.
     flock, so the lock dies with its holder. The file tells who holds it: pid, host, start, command.
     """
     path = target.parent / f".{target.name}.lock"
@@ -553,9 +564,12 @@ def exclusive_lock(target: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(fd, 400, 0).decode(errors="replace").strip() or "another process"
-            raise EnvError(
-                f"{relative(target)} is busy", value=holder, remedy="wait for it, or stop it"
-            ) from None
+            if waiting is None:
+                raise EnvError(
+                    f"{relative(target)} is busy", value=holder, remedy="wait for it, or stop it"
+                ) from None
+            waiting(f"{relative(target)} is being made by {holder}; waiting")
+            fcntl.flock(fd, fcntl.LOCK_EX)
         note = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}: "
         os.ftruncate(fd, 0)
         os.pwrite(fd, (note + " ".join(sys.argv)).encode(errors="replace")[:400], 0)
