@@ -248,7 +248,8 @@ def _unknown(value: Mapping, known: Iterable[str], dot: str, file: str) -> list[
         if name in known:
             continue
         name = str(name)
-        if _SECRET.search(name):
+        nearly = difflib.get_close_matches(name, list(known), n=1, cutoff=0.9)
+        if _SECRET.search(name) and not nearly:  # `encode_token` is a slip, no secret
             remedy = f"remove it and export {name.upper()}"
             errors.append(UserError("secret", file=file, value=dot + name, remedy=remedy))
             continue

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.core import artifact, files
 from lib.core.artifact import FileEntry, Manifest
-from lib.core.errors import InputError, KumikiError, UserError, raise_all
+from lib.core.errors import InputError, KumikiError, SeveralErrors, UserError, raise_all
 from lib.core.process import PoolMap, worker_pool
 from lib.core.settings import (
     ArchiveSource,
@@ -94,9 +94,13 @@ def identities(section: DownloadShards, seed: int) -> dict[str, dict[str, Any]]:
         try:
             found[name] = identity_of(source, name, seed)
         except KumikiError as error:
-            errors.append(error)
+            errors += _each(error)
     raise_all(errors)
     return found
+
+
+def _each(error: KumikiError) -> list[KumikiError]:
+    return error.errors if isinstance(error, SeveralErrors) else [error]
 
 
 def _hash(path: Path) -> str:
@@ -127,9 +131,9 @@ def collect(
             with files.exclusive_lock(folder.path, waiting=log):
                 got = _collect_one(name, section.sources[name], folder, runtime, pool, log)
             _refuse_duplicates(name, got.entries)
-        except (InputError, UserError) as error:
+        except (InputError, UserError, SeveralErrors) as error:  # not a full disk, not a stop
             log(f"source {name} failed, the others go on")
-            errors.append(error)
+            errors += _each(error)
             continue
         recipe[name] = identity
         entries += [replace(e, path=f"{name}/{e.path}") for e in got.entries]
