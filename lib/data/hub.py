@@ -222,8 +222,7 @@ class _Stream:
         if self._data is not None and self._position == position:
             return
         self._data = self._reopen()
-        # a shuffle's buffer is not part of the state: only a replay gives the same order again
-        if state is not None and not self._shuffled:
+        if state is not None:
             self._data.load_state_dict(state)
             self._position = position
         else:
@@ -245,7 +244,10 @@ class _Stream:
         return texts
 
     def state(self) -> dict[str, Any] | None:
-        """Where the stream stands, as JSON; None under a shuffle."""
+        """Where the stream stands, as JSON; None under a shuffle.
+
+        A shuffle's buffer is no part of the state: only a replay gives the same order again.
+        """
         return None if self._shuffled else self._data.state_dict()
 
 
