@@ -168,9 +168,14 @@ def describe(folder: Path, arrays: dict[str, tuple[str, tuple[int, ...]]] | None
     return tuple(entries)
 
 
+def scratch_root() -> Path:
+    """Where the bytes of large artefacts lie: $KUMIKI_SCRATCH, default ./scratch."""
+    return Path(os.environ.get("KUMIKI_SCRATCH") or "scratch")
+
+
 def scratch_folder(kind: str, key: str) -> Path:
-    """Where the bytes of a large artefact lie: $KUMIKI_SCRATCH/<kind>/<key>, default ./scratch."""
-    return Path(os.environ.get("KUMIKI_SCRATCH") or "scratch") / kind / key
+    """The folder of one artefact in scratch."""
+    return scratch_root() / kind / key
 
 
 def damage(folder: Path, entry: FileEntry, stamps: dict[str, list] | None = None) -> str | None:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from lib.core import files
 from lib.core.artifact import FileEntry, Manifest
 from lib.core.errors import InputError, UserError
+from lib.data.recipe import mix
 
 KIND = "documents"
 GROUP_ROWS = 1024
@@ -191,6 +192,36 @@ def read_documents(
         raise UserError("no such split", value=split, remedy="use train or val")
     manifest = Manifest.read(folder / files.MANIFEST, KIND)
     yield from read_parts(folder, parts_of((e.path for e in manifest.files), split, source))
+
+
+def read_mixture(folder: Path) -> Iterator[str]:
+    """Training texts in the recipe's order, each at most once: what a tokenizer is trained on.
+
+    Shares are kept in bytes, since tokens do not exist yet (data.md 5.1); the text ends where the
+    recipe's first pass does. One source: its own order.
+    """
+    manifest = Manifest.read(folder / files.MANIFEST, KIND)
+    weights: dict[str, float] = manifest.recipe["params"]["sources"]
+    names = list(weights)
+    texts = [(text for _, text in read_documents(folder, "train", name)) for name in names]
+    if len(names) == 1:
+        yield from texts[0]
+        return
+    lengths = [_text_bytes(folder, parts_of(manifest, "train", name)) for name in names]
+    ends = "continue" if manifest.recipe["params"]["on_exhausted"] == "continue" else "stop"
+    for visits in mix(list(weights.values()), lengths, ends):
+        for source in visits.source.tolist():  # without a second pass, documents come in order
+            yield next(texts[source])
+
+
+def _text_bytes(folder: Path, names: Iterable[str]) -> np.ndarray:
+    """int64 (documents,): UTF-8 bytes of the texts of some parts."""
+    counts = [
+        pc.binary_length(table.column("text")).to_numpy().astype(np.int64)
+        for name in names
+        for table in row_groups(folder / name)
+    ]
+    return np.concatenate(counts) if counts else np.empty(0, np.int64)
 
 
 def val_sha256(documents: Iterable[tuple[str, str]]) -> str:

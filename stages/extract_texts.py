@@ -1,0 +1,58 @@
+"""extract_texts: shards -> cleaned, deduplicated documents and the ledger of all that was dropped.
+
+In:  data/shards.manifest.json (bytes in scratch, verified or brought again).
+Out: data/documents/<recipe>/ for every recipe of params.yaml (data.md 6).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lib.core import artifact, files, stage
+from lib.core.artifact import Manifest
+from lib.core.stage import Run, Stage
+
+STAGE = Stage(
+    name="extract_texts",
+    about="Clean and deduplicate the shards' texts into documents, with a ledger of every change.",
+    sections=("seed", "download_shards", "extract_texts"),  # sources: where local shards lie
+    inputs={"shards": "data/shards.manifest.json"},
+    out="data/documents",
+)
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """The recipes and the shard manifest."""
+    return {
+        "recipes": artifact.plain(run.settings.extract_texts.recipes),
+        "shards": stage.input_hash(run.inputs["shards"]),
+    }
+
+
+def body(run: Run) -> None:
+    """Every recipe in turn; finished shards of an interrupted run are taken as they are."""
+    from lib.data import sources
+    from lib.data.extract import extract_texts
+
+    found = Manifest.read(run.inputs["shards"], "shards")
+    shards = sources.ensure_shards(found, run.settings.download_shards, run.runtime, run.log)
+    absent = {name: about.get("missing", []) for name, about in found.counts["sources"].items()}
+    with run.pool() as pool_map, files.atomic_folder(run.result) as out:
+        for name, recipe in run.settings.extract_texts.recipes.items():
+            files.make_folder(out / name)
+            manifest = extract_texts(
+                [shard for shard in shards if shard.source in recipe.sources],
+                recipe,
+                run.units / name,
+                out / name,
+                pool_map,
+                {source: absent[source] for source in recipe.sources},
+            )
+            for split, counts in manifest.counts["splits"].items():
+                documents = sum(count["documents"] for count in counts.values())
+                size = sum(count["bytes"] for count in counts.values())
+                run.log(f"{name} {split}: {documents:,} documents, {size:,} bytes")
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage.main(STAGE, body, identity))
