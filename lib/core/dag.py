@@ -41,16 +41,21 @@ def _candidates(module: str, root: Path) -> Iterator[Path]:
             yield base.with_suffix(".py")
 
 
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Every statement that can run, without descending into expressions (most of a tree)."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _statements(node.orelse)
+            continue
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from _statements(getattr(node, name, []))
+
+
 def imports_of(path: Path, root: Path) -> set[Path]:
     """Files of ours that `path` imports anywhere in it, type-checking blocks excepted."""
     found: set[Path] = set()
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(_source(path)):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            skipped.update(inner for part in node.body for inner in ast.walk(part))
-    for node in ast.walk(_source(path)):
-        if node in skipped:
-            continue
+    for node in _statements(_source(path).body):
         if isinstance(node, ast.Import):
             for name in node.names:
                 found.update(_candidates(name.name, root))
@@ -74,6 +79,7 @@ def closure(entries: list[Path], root: Path) -> list[str]:
     return sorted(p.relative_to(root).as_posix() for p in done)
 
 
+@cache
 def code_hash(module: str, root: Path) -> dict[str, str]:
     """File -> hash of its syntax tree without docstrings and comments, over what computes.
 
@@ -83,14 +89,14 @@ def code_hash(module: str, root: Path) -> dict[str, str]:
     hashes = {}
     for name in closure(entry, root):
         if name.startswith(COMPUTES) or name == "lib/core/rng.py" or root / name in entry:
-            tree = ast.dump(_without_docstrings(root / name))
+            tree = ast.dump(_without_docstrings(_source(root / name)))
             hashes[name] = hashlib.sha256(tree.encode()).hexdigest()[:16]
     return hashes
 
 
-def _without_docstrings(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    """The same tree, its docstrings removed in place (parsing again would double the cost)."""
+    for node in [tree, *_statements(tree.body)]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
