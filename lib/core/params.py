@@ -16,12 +16,13 @@ import re
 import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lib.core.errors import KumikiError, UserError, raise_all, report_lines
+from lib.core.heads import config_class, family_names
 from lib.core.settings import Refused, Settings
 
 PARAMS, LOCAL = "params.yaml", ".kumiki.yaml"
@@ -66,7 +67,13 @@ def resolve(raw: dict, profile: str, *last: dict) -> tuple[Settings | None, list
     overlay = (raw.get("profiles") or {}).get(profile) or {}
     merged = merge(base, overlay, *last, {"profile": profile})
     problems: list[Problem] = []
-    settings = _build(Settings, merged, "", problems)
+    runs = inherit(merged)
+    settings = _build(Settings, {**merged, "train": runs}, "", problems)
+    models, configs = _build_models(merged, runs, problems)
+    problems = [(what, _origin(key, merged), *rest) for what, key, *rest in problems]
+    if settings is not None and not problems:
+        train = {n: replace(settings.train[n], model=c) for n, c in configs.items()}
+        settings = replace(settings, train=train, model=models)
     located = [
         (what, f"profiles.{profile}.{key}" if _has(overlay, key) else key, value, remedy)
         for what, key, value, remedy in problems
@@ -83,6 +90,70 @@ def merge(*layers: Mapping) -> dict:
             both = isinstance(old, Mapping) and isinstance(value, Mapping)
             result[key] = merge(old, value) if both else value  # type: ignore[arg-type]  # both
     return result
+
+
+def inherit(merged: Mapping) -> dict[str, Any]:
+    """Every run complete: `train.defaults` < `families.<run>` < `train.<run>` or `runs.<run>`.
+
+    The defaults stay among them, so that they are checked where no run exists.
+    """
+    train, added, families = (_mapping(merged, n) for n in ("train", "runs", "families"))
+    defaults = train.get("defaults") or {}
+    result: dict[str, Any] = {"defaults": defaults}
+    for name in [*train, *added]:
+        if name != "defaults":
+            layers = [defaults, families.get(name), added.get(name), train.get(name)]
+            bad = next((x for x in layers if x is not None and not isinstance(x, Mapping)), None)
+            result[name] = merge(*(x for x in layers if x)) if bad is None else bad
+    return result
+
+
+def _mapping(tree: Mapping, name: str) -> Mapping:
+    value = tree.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _origin(key: str, merged: Mapping) -> str:
+    """The key under which the file gives what a run has inherited."""
+    section, _, rest = key.partition(".")
+    run, _, rest = rest.partition(".")
+    if section != "train" or _has(merged, key):
+        return key
+    places = [f"{place}.{rest}" for place in (f"runs.{run}", f"families.{run}", "train.defaults")]
+    return next((place for place in places if _has(merged, place)), key)
+
+
+def _build_models(
+    merged: Mapping, runs: Mapping[str, Any], problems: list[Problem]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(family -> Config of `model.<family>`, run -> Config with the run's overlay in it)."""
+    sections, known = _mapping(merged, "model"), family_names()
+    models: dict[str, Any] = {}
+    for family, value in sections.items():
+        if family not in known:
+            problems.append(("unknown family", f"model.{family}", None, _nearest(family, known)))
+            continue
+        models[family] = _build(config_class(family), value, f"model.{family}", problems)
+    configs: dict[str, Any] = {}
+    for name, run in runs.items():
+        if name == "defaults" or not isinstance(run, Mapping):
+            continue
+        family, overlay = run.get("family") or name, run.get("model")
+        if family not in known:
+            problems.append(
+                ("unknown family", f"train.{name}.family", family, _nearest(family, known))
+            )
+            continue
+        if overlay is None and family in models:
+            configs[name] = models[family]
+            continue
+        base = sections.get(family)
+        layers = [x if isinstance(x, Mapping) else {} for x in (base, overlay)]
+        found: list[Problem] = []
+        configs[name] = _build(config_class(family), merge(*layers), f"train.{name}.model", found)
+        own = [p for p in found if family not in models or models[family] is not None]
+        problems.extend(own)  # a section that is wrong by itself is told once
+    return models, configs
 
 
 def read_yaml(path: Path) -> dict:
