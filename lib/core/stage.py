@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.core import artifact, dag, files
+from lib.core import artifact, dag, files, ranks
 from lib.core.errors import (
     EnvError,
     InputError,
@@ -53,6 +53,7 @@ class Stage:
     sections: tuple[str, ...]  # parameters it may read, as dvc.yaml tracks them
     inputs: dict[str, str] = field(default_factory=dict)  # option -> default path
     out: str  # default path of the output
+    beside: dict[str, str] = field(default_factory=dict)  # option -> folder that gets single files
     item: str | None = None  # "name" or "run": the option that picks the foreach item
     work: str = "data/work"  # where working state lies
     defer_stop: bool = False  # True: commit at the next step instead of dropping the unit in hand
@@ -80,12 +81,14 @@ class Run:
         self.runtime: Runtime = settings.runtime
         self.inputs = {option: Path(getattr(arguments, option)) for option in stage.inputs}
         self.out = Path(arguments.out)
+        self.beside = {option: Path(getattr(arguments, option)) for option in stage.beside}
         self.title = f"{stage.name}@{self.name}" if self.name else stage.name
         self.stop = StopRequest(
             f"interrupted in {self.title}, finished work is kept; run the same command to continue",
             stage.defer_stop,
         )
-        self.work = Path()  # set by `_open_work`
+        self.work, self.fingerprint = Path(), ""  # set by `_find_work`
+        self.code: dict[str, str] = {}  # file -> hash of what computes, set by `_open_work`
         self.started = time.time()
         self._log: files.AppendLog | None = None
 
@@ -94,13 +97,19 @@ class Run:
         """Where the body builds the output, a file or a folder, through lib.core.files."""
         return self.work / "result" / self.out.name
 
+    def files_beside(self, option: str) -> Path:
+        """Folder whose files the frame publishes one by one into the folder of `option`."""
+        return self.work / "beside" / option
+
     @property
     def units(self) -> Path:
         """Finished units of work, kept for a rerun; removed when the stage is done."""
         return self.work / "units"
 
     def log(self, text: str) -> None:
-        """One line on stderr, and in stage.log of the working folder."""
+        """One line on stderr, and in stage.log of the working folder; rank 0 speaks for all."""
+        if ranks.rank() > 0:
+            return
         line = redact(f"{self.title}: {text}")
         with contextlib.suppress(BrokenPipeError):
             sys.stderr.write(line + "\n")
@@ -178,23 +187,47 @@ def main(
     identity: Callable[[Run], dict[str, Any]],
     *,
     check: Callable[[Run], bool] = lambda run: True,
+    modules: Callable[[Run], Sequence[str]] = lambda run: (),
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run `body` as the stage; returns the exit code.
 
-    identity: all that decides the bytes (resolved parameters, hashes of inputs), hashed to the
+    Of several ranks only rank 0 locks, publishes and reports; the others run `body` beside it.
+    modules: what the stage loads by name, such as its family, for the code hash. identity: all
+    that decides the bytes (resolved parameters, hashes of inputs), hashed to the
     fingerprint. check: whether what the result names beside itself (scratch) is still right; when
     it is not, the body runs again.
     """
+    code = _guarded(stage, body, identity, check, modules, argv)
+    ranks.leave_code(code)
+    return code
+
+
+def _guarded(
+    stage: Stage,
+    body: Callable[[Run], None],
+    identity: Callable[[Run], dict[str, Any]],
+    check: Callable[[Run], bool],
+    modules: Callable[[Run], Sequence[str]],
+    argv: Sequence[str] | None,
+) -> int:
     try:
         arguments = _parse(stage, argv)
         settings = load(overrides=arguments.set)
         run = Run(stage, settings, arguments)
         _check_item(run, settings)
         die_with_parent()
-        with run.stop.installed(), files.exclusive_lock(run.out):
-            _run_locked(run, body, identity, check)
+        with run.stop.installed():
+            if ranks.rank() > 0:
+                _find_work(run, identity)
+                if not ranks.agree():
+                    body(run)
+                return 0
+            with files.exclusive_lock(run.out):
+                _run_locked(run, body, identity, check, modules)
         return 0
+    except Interrupted as error:
+        return _fail(error) if ranks.rank() == 0 else 0  # a failing follower would end rank 0
     except KumikiError as error:
         return _fail(error)
     except KeyboardInterrupt:
@@ -208,24 +241,31 @@ def main(
         return 1
 
 
-def _run_locked(run: Run, body: Callable, identity: Callable, check: Callable) -> None:
+def _find_work(run: Run, identity: Callable) -> None:
     for option, path in run.inputs.items():
         if not path.exists():
             raise UserError("input missing", value=f"--{option} {path}", remedy="`dvc repro`")
     described = {"stage": run.stage.name, "item": run.name, "version": FORMAT_VERSION}
     fingerprint = artifact.key_of("work", {**described, "identity": identity(run)})
     folder = run.stage.work.replace("{name}", run.name)
+    run.fingerprint = fingerprint
     run.work = Path(folder) / run.title.replace("@", "_") / fingerprint
+
+
+def _run_locked(
+    run: Run, body: Callable, identity: Callable, check: Callable, modules: Callable
+) -> None:
+    _find_work(run, identity)
     with files.exclusive_lock(run.work):
-        finished = _open_work(run)
+        finished = _open_work(run, modules(run))
         log = files.AppendLog(run.work / "stage.log")
         run._log = log
         try:
-            if finished and check(run):
-                if _same(run.result, run.out):
+            if ranks.agree(finished and check(run)):
+                if all(_same(source, target) for source, target in _outputs(run)):
                     run.log("up to date")
                     return
-                files.publish(run.result, run.out)
+                _publish(run)
                 run.log(f"finished before, published again as {run.out}")
                 return
             body(run)
@@ -235,9 +275,12 @@ def _run_locked(run: Run, body: Callable, identity: Callable, check: Callable) -
             log.close()
 
 
-def _open_work(run: Run) -> bool:
+def _open_work(run: Run, modules: Sequence[str]) -> bool:
     """Make or continue the working folder; True when its result is finished and verifies."""
-    code = dag.code_hash(f"stages.{run.stage.name}", Path(__file__).resolve().parents[2])
+    code: dict[str, str] = {}
+    for module in (f"stages.{run.stage.name}", *modules):
+        code |= dag.code_hash(module, Path(__file__).resolve().parents[2])
+    run.code = code
     state_path, done_path = run.work / STATE, run.work / DONE
     if state_path.is_file():
         old = files.read_json(state_path)["code"]
@@ -272,7 +315,7 @@ def _tree(path: Path) -> dict[str, str]:
 
 def _verified(run: Run, done: dict[str, Any]) -> bool:
     """Whether the finished result is still what it was; a damaged one is made again, said aloud."""
-    if run.result.exists() and _tree(run.result) == done["tree"]:
+    if run.result.exists() and _trees(run) == done["tree"]:
         return True
     run.warn(f"the finished result in {run.work} is damaged, it is made again")
     (run.work / DONE).unlink()
@@ -283,10 +326,28 @@ def _same(result: Path, out: Path) -> bool:
     return out.exists() and out.is_dir() == result.is_dir() and _tree(result) == _tree(out)
 
 
+def _outputs(run: Run) -> list[tuple[Path, Path]]:
+    """(finished, published) of the output and of every file that goes beside it."""
+    pairs = [(run.result, run.out)]
+    for option, folder in run.beside.items():
+        made = sorted(run.files_beside(option).glob("*"))
+        pairs += [(path, folder / path.name) for path in made]
+    return pairs
+
+
+def _trees(run: Run) -> dict[str, dict[str, str]]:
+    return {made.relative_to(run.work).as_posix(): _tree(made) for made, _ in _outputs(run)}
+
+
+def _publish(run: Run) -> None:
+    for source, target in _outputs(run):
+        files.publish(source, target)
+
+
 def _commit(run: Run) -> None:
     """Publish the result and write the receipt: what varies by machine and moment, no output."""
     assert run.result.exists(), f"{run.title} built no {run.result}"
-    files.publish(run.result, run.out)
+    _publish(run)
     usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     receipt = {
         "started": run.started,
@@ -298,16 +359,19 @@ def _commit(run: Run) -> None:
         "threads": run.runtime.threads,
     }
     files.write_json(run.work / "receipt.json", receipt)
-    files.write_json(run.work / DONE, {"tree": _tree(run.result)})
+    files.write_json(run.work / DONE, {"tree": _trees(run)})
     files.remove_tree(run.units)
 
 
 def _check_item(run: Run, settings: Settings) -> None:
-    section = getattr(settings, run.stage.name, None)
-    if run.stage.item == "name" and isinstance(section, dict) and run.name not in section:
+    section = settings.train if run.stage.item == "run" else None
+    section = getattr(settings, run.stage.name, section)
+    if isinstance(section, dict) and run.name not in section:
         names = ", ".join(sorted(section))
         raise UserError(
-            f"unknown name in {run.stage.name}", value=run.name, remedy=f"choose one of {names}"
+            f"unknown {run.stage.item} in {run.stage.name}",
+            value=run.name,
+            remedy=f"choose one of {names}",
         )
 
 
@@ -327,6 +391,8 @@ def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
     for option, default in stage.inputs.items():
         parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
     parser.add_argument("--out", default=stage.out.replace("{name}", name or ""))
+    for option, default in stage.beside.items():
+        parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
     parser.add_argument(
         "--set",
         action="append",
