@@ -70,7 +70,7 @@ def resolve(raw: dict, profile: str, *last: dict) -> tuple[Settings | None, list
     runs = inherit(merged)
     settings = _build(Settings, {**merged, "train": runs}, "", problems)
     models, configs = _build_models(merged, runs, problems)
-    problems = [(what, _origin(key, merged), *rest) for what, key, *rest in problems]
+    problems = [(w, _origin(key, merged), v, r) for w, key, v, r in problems]
     if settings is not None and not problems:
         train = {n: replace(settings.train[n], model=c) for n, c in configs.items()}
         settings = replace(settings, train=train, model=models)
@@ -89,6 +89,14 @@ def merge(*layers: Mapping) -> dict:
             old = result.get(key)
             both = isinstance(old, Mapping) and isinstance(value, Mapping)
             result[key] = merge(old, value) if both else value  # type: ignore[arg-type]  # both
+    return result
+
+
+def typed(kind: type, value: Any, file: str | Path) -> Any:
+    """`value`, read from the JSON or YAML of `file`, as the dataclass `kind`; all errors at once."""
+    problems: list[Problem] = []
+    result = _build(kind, value, "", problems)
+    raise_all([UserError(w, file=file, value=_told(k, v, w), remedy=r) for w, k, v, r in problems])
     return result
 
 

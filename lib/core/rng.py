@@ -1,6 +1,7 @@
 """Seeds by purpose: every random draw of the project comes from a generator named here.
 
-No global generator is ever used, so a new draw somewhere never changes another one
+No global generator is used but by layers of torch that know no other (dropout, which training seeds
+here and keeps in its checkpoints), so a new draw somewhere never changes another one
 (pipeline.md 8.6).
 """
 
@@ -38,3 +39,10 @@ def torch_generator(
     import torch
 
     return torch.Generator(device=device).manual_seed(derive_seed(seed, purpose, *index))
+
+
+def seed_global(seed: int, purpose: str, *index: int | str) -> None:
+    """Seed torch's default generators, which dropout and the like draw from, on every device."""
+    import torch
+
+    torch.manual_seed(derive_seed(seed, purpose, *index))

@@ -1,0 +1,52 @@
+"""Several processes of one run, as torchrun's environment describes them; one alone is rank 0 of 1.
+
+Only rank 0 writes. What the others must know before work begins they hear through the store of the
+rendezvous, so a finished run never leaves them waiting for a partner that has gone.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lib.core import files
+
+EXIT_FILE = "KUMIKI_EXIT_FILE"  # where rank 0 leaves its exit code for the launcher
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@cache
+def store() -> Any:
+    """The key-value store that all ranks reach (torch.distributed.Store)."""
+    from torch.distributed.rendezvous import rendezvous
+
+    found, _, _ = next(rendezvous("env://"))
+    return found
+
+
+def agree(finished: bool | None = None) -> bool:
+    """Rank 0 tells whether the work is finished, all others wait for its word and return it."""
+    if world_size() == 1:
+        return bool(finished)
+    key = "kumiki/finished"
+    if rank() == 0:
+        store().set(key, str(int(bool(finished))))
+    return store().get(key) == b"1"
+
+
+def leave_code(code: int) -> None:
+    """Rank 0 leaves its exit code where the launcher asked for it: torchrun turns all into 1."""
+    path = os.environ.get(EXIT_FILE)
+    if path and rank() == 0:
+        files.write_bytes(Path(path), str(code).encode())

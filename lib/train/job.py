@@ -1,0 +1,72 @@
+"""What one training run is given and what it returns: the seam between a stage and the loop.
+
+A `Job` holds everything; the loop looks nothing up elsewhere. Rows come by step, so that the state
+of the data is one integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lib.core.settings import Runtime, Train
+from lib.models.base import Family
+from lib.train.observe import Observer
+from lib.train.plan import Plan
+from lib.train.rows import Rows
+from lib.train.state import Position
+
+
+class Asked(Protocol):
+    """Whether somebody wants the run to stop (lib.core.process.StopRequest)."""
+
+    asked: bool
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch. tokens, targets: (rows, T) int64; step: updates made before it."""
+
+    tokens: Tensor
+    targets: Tensor
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that one run needs; nothing is looked up elsewhere."""
+
+    run: str
+    settings: Train
+    runtime: Runtime
+    seed: int
+    model: Family  # on its device, with its first weights
+    rows: Callable[[Plan], Rows]
+    context: int  # T
+    device: torch.device
+    dtype: torch.dtype  # of matmuls
+    work: Path  # checkpoints and logs
+    identity: Mapping[str, Any]  # what a checkpoint must agree in
+    extra: Mapping[str, Any] = field(default_factory=dict)  # kept in checkpoints: code, parents
+    bytes_per_token: float = 0.0  # of the training text
+    validate: Callable[[Family], float | None] = lambda model: None  # bits per byte
+    sample: Callable[[Family], list[str]] = lambda model: []
+    push: Callable[[int, dict[str, Tensor]], None] = lambda step, weights: None
+    stop: Asked
+    log: Callable[[str], None]
+    warn: Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished run; `weights` is a whole state dict on the CPU, averaged if the run averages."""
+
+    plan: Plan
+    position: Position
+    weights: dict[str, Tensor]
+    observer: Observer

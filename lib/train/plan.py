@@ -1,0 +1,162 @@
+"""A run laid out before its first step: length, batch, schedule, optimizer, and what it will cost.
+
+In:    the settings of a run, its model, the context of its rows. Out: `Plan`, and lines that print
+       it.
+Rule:  what the settings leave open is the family's (`Family.defaults`); steps come from `steps`,
+       else `target_flops`, else tokens per parameter (gpt.md 7).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lib.core.errors import UserError
+from lib.core.settings import Runtime, Train
+from lib.models.base import Family, Optim
+from lib.train.parallel import is_sharded
+from lib.train.schedule import Schedule, auto_batch, horizon, make_schedule
+
+AUTO_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # of a micro-batch where device_batch_size is auto
+
+
+PEAK_FLOPS = {  # dense bf16, by a part of the device's name; the makers' data sheets
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, " L4": 121e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, world: int) -> float | None:
+    """Peak of all devices together in bf16; None for a device that is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((world * peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every step of the run needs to know."""
+
+    steps: int
+    batch_tokens: int  # of one step over all ranks
+    context: int  # T
+    schedule: Schedule
+    optim: Optim
+    grad_clip: float  # global norm, 0 = off
+    flops_per_token: int
+    parameters: int
+
+    @property
+    def rows(self) -> int:
+        """G, rows of a step over all ranks."""
+        return self.batch_tokens // self.context
+
+    def micro_rows(self, runtime: Runtime, device: torch.device, world: int) -> int:
+        """Rows of a micro-batch: the largest divisor of a rank's rows that the device may hold."""
+        limit = runtime.device_batch_size
+        if limit == "auto":
+            limit = max(1, AUTO_TOKENS.get(device.type, 2**13) // self.context)
+        share = self.rows // world
+        if share * world != self.rows:
+            raise UserError(
+                "ranks do not divide the rows of a step",
+                value=f"{self.rows} rows, {world} ranks",
+                remedy="change batch_tokens or the number of ranks",
+            )
+        return max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
+
+
+def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) -> Plan:
+    """Resolve `settings` for `model`. UserError where no step or no whole rows come out."""
+    wanted = model.defaults()
+    flops = model.flops_per_token(context)
+    ratio = settings.param_data_ratio
+    if ratio is None and settings.steps is None and settings.target_flops is None:
+        ratio = wanted.param_data_ratio
+    batch = settings.batch_tokens or wanted.batch_tokens
+    if batch == "auto":
+        batch = auto_batch(
+            _tokens(settings, model, flops, ratio, wanted.param_data_ratio),
+            (ratio or wanted.param_data_ratio) * model.reference_params(),
+            context,
+        )
+    if batch % context:
+        raise UserError(
+            "batch_tokens is no multiple of the context",
+            value=f"batch_tokens {batch}, context {context}",
+            remedy=f"use {max(1, batch // context) * context}",
+        )
+    steps = horizon(
+        batch_tokens=batch,
+        params=model.scaling_params(),
+        flops_per_token=flops,
+        num_iterations=settings.steps,
+        target_flops=settings.target_flops,
+        param_data_ratio=ratio,
+    )
+    clip = wanted.grad_clip if settings.grad_clip is None else settings.grad_clip
+    return Plan(
+        steps=steps,
+        batch_tokens=batch,
+        context=context,
+        schedule=make_schedule(
+            settings.schedule or wanted.schedule,
+            steps,
+            warmup=settings.warmup,
+            warmdown_ratio=settings.warmdown_ratio,
+            final=settings.final_lr,
+        ),
+        optim=Optim(
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            optimizer=settings.optimizer,
+            batch_tokens=batch,
+            steps=steps,
+            param_data_ratio=settings.param_data_ratio,
+            compute_dtype=dtype,
+        ),
+        grad_clip=clip,
+        flops_per_token=flops,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _tokens(
+    settings: Train, model: Family, flops: int, ratio: float | None, usual_ratio: float
+) -> float:
+    """Tokens of the run as an automatic batch assumes them, before the batch is known."""
+    if settings.target_flops is not None and settings.steps is None:
+        return settings.target_flops / flops
+    return (ratio or usual_ratio) * model.scaling_params()
+
+
+def describe(
+    plan: Plan, model: Family, runtime: Runtime, device: torch.device, world: int
+) -> list[str]:
+    """The block printed before step 0."""
+    groups = ", ".join(
+        f"{g.name} {sum(p.numel() for p in g.params.values()):,}"
+        for g in model.param_groups(plan.optim)
+    )
+    tokens, micro = plan.steps * plan.batch_tokens, plan.micro_rows(runtime, device, world)
+    lines = [
+        f"parameters: {plan.parameters:,} ({groups})",
+        f"steps: {plan.steps:,} of {plan.batch_tokens:,} tokens, {tokens:,} in all, "
+        f"{tokens / max(1, model.scaling_params()):.2f} a scaling parameter",
+        f"FLOPs: {tokens * plan.flops_per_token:.3e}, {plan.flops_per_token:,} a token",
+        f"device: {device.type} x {world}, {plan.optim.compute_dtype}, micro-batches of {micro} rows",
+    ]
+    return [*lines, *model.notes()]
+
+
+def refuse_unshardable(model: Family, plan: Plan) -> None:
+    """UserError where a rule needs whole matrices and the model is cut over ranks."""
+    for group in model.param_groups(plan.optim):
+        if group.rule != "adamw" and any(is_sharded(p) for p in group.params.values()):
+            raise UserError(
+                "optimizer needs whole matrices",
+                value=f"{group.rule} with runtime.shard: fsdp",
+                remedy="use optimizer: adamw, or shard: optimizer",
+            )

@@ -1,0 +1,87 @@
+"""Mixed precision: fp32 master weights, matmuls in the compute dtype, loss scaling for fp16.
+
+bf16 has fp32's range and needs no scaling. fp16 ends at 65,504 and loses gradients below 6e-8, so
+its losses are multiplied by a power of two, which grows while gradients stay finite (arXiv
+1710.03740, section 3.2). A power of two is exact: the unscaled gradient has the same bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from lib.core.errors import UserError
+
+FIRST_SCALE, GROWTH_STEPS, MIN_SCALE = 2.0**16, 2000, 1.0
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matmuls: `auto` is bf16 on a GPU that has it, fp16 on others, else fp32."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Matmuls in `dtype` inside the block; nothing changes for fp32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """runtime.device as a device: `auto` takes a GPU that answers. UserError if it is absent."""
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        return _of_this_rank(found)
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not here[name]:
+        raise UserError(
+            "device is absent", value=f"runtime.device is {name}", remedy="use auto or cpu"
+        )
+    return _of_this_rank(name)
+
+
+def _of_this_rank(name: str) -> torch.device:
+    import os
+
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+class LossScaler:
+    """The factor of the loss before backward; 1 for ever unless the compute dtype is fp16."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.active = dtype == torch.float16
+        self.scale, self._good = (FIRST_SCALE if self.active else 1.0), 0
+
+    def overflowed(self) -> bool:
+        """A gradient was not finite: halve. False where no smaller scale would help."""
+        self.scale, self._good = self.scale / 2 if self.active else 1.0, 0
+        return self.active and self.scale >= MIN_SCALE
+
+    def went_well(self) -> None:
+        """An update was made: double after enough of them in a row."""
+        self._good += 1
+        if self.active and self._good % GROWTH_STEPS == 0:
+            self.scale *= 2
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds."""
+        return {"scale": self.scale, "good_steps": self._good if self.active else 0}
+
+    def load(self, state: dict[str, float]) -> None:
+        """The inverse of `state`; a run whose dtype has changed starts a scale of its own."""
+        if self.active and state["scale"] > 1:
+            self.scale, self._good = state["scale"], int(state["good_steps"])

@@ -1,0 +1,176 @@
+"""The loop that trains every family; read it from top to bottom, there are no callbacks.
+
+In:    a `Job`: settings, a placed model, rows by step, where to work, what to ask on the way.
+Out:   `Outcome`; on the way checkpoints, training_log.jsonl and points for the curves.
+Law:   killed anywhere and run again it ends with the same bits, on the same stack: batch(step) is a
+       pure function, all else that changes is in the checkpoint (state.py).
+Note:  `step` counts finished updates in logs and names, so batch(step) makes update step + 1.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from lib.core import ranks
+from lib.core.errors import Interrupted
+from lib.nn.ema import Ema
+from lib.train import parallel, safety
+from lib.train.checkpoint import Checkpoints
+from lib.train.job import Batch, Job, Outcome
+from lib.train.observe import Observer
+from lib.train.optim import build_optimizer
+from lib.train.plan import describe, make_plan, peak_flops, refuse_unshardable
+from lib.train.precision import LossScaler, autocast
+from lib.train.state import Position, RunState, stack_of
+
+
+def train(job: Job) -> Outcome:
+    """Train to the end of the plan; `Interrupted` after a commit when a stop was asked for.
+
+    InputError for a non-finite loss or gradient, EnvError when memory does not suffice.
+    """
+    settings, runtime, model, device = job.settings, job.runtime, job.model, job.device
+    rank, world = ranks.rank(), ranks.world_size()
+    plan = make_plan(settings, model, job.context, job.dtype)
+    model.activation_checkpointing = runtime.activation_checkpointing
+    if runtime.shard == "fsdp":
+        parallel.shard_blocks(model)
+        refuse_unshardable(model, plan)
+    state = RunState(
+        model=model,
+        optimizer=build_optimizer(
+            model.param_groups(plan.optim), shard=runtime.shard == "optimizer"
+        ),
+        ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
+        scaler=LossScaler(job.dtype),
+        device=device,
+        position=Position(),
+        checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
+        stack=stack_of(device, job.dtype),
+        extra=job.extra,
+    )
+    observer = Observer(
+        job.work, runtime, run=job.run, steps=plan.steps, tokens_per_step=plan.batch_tokens,
+        flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
+        peak_flops=peak_flops(device, world), config=job.identity, quiet=rank > 0,
+    )  # fmt: skip
+    rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world)
+    micro_batches = plan.rows // micro_rows  # of one step over all ranks
+    parameters = list(model.parameters())
+    model.attach(job.work)
+    observer.cut(state.resume(job.seed, job.log))
+    position, scaler, optimizer = state.position, state.scaler, state.optimizer
+    for name in model.compiled if runtime.compile else ():
+        setattr(model, name, torch.compile(getattr(model, name)))
+
+    def backward(ids: Tensor, step: int) -> Tensor | None:
+        """Gradients of one micro-batch, added; its loss, or None where the family yields none."""
+        batch, total = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=step), None
+        losses = iter(model.losses(batch))
+        while True:
+            with autocast(device, job.dtype):
+                loss = next(losses, None)
+            if loss is None:
+                return total
+            (loss * (scaler.scale / micro_batches)).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+
+    def evaluate(step: int) -> bool:
+        """Validate the averaged weights; True when they are the best so far."""
+        with state.averaged(), safety.nothing_remembered(model, device), torch.no_grad():
+            bpb = job.validate(model.eval())
+        if bpb is None:
+            return False
+        observer.validated(step, bpb)
+        if position.best is not None and position.best["bpb"] <= bpb:
+            return False
+        position.best = {"step": step, "bpb": bpb}
+        return True
+
+    def dry_step() -> None:
+        """The first micro-batch, then forgotten: a lack of memory shows now, not hours later."""
+        with safety.nothing_remembered(model, device):
+            ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
+            backward(torch.from_numpy(ids[:micro_rows]).to(device), position.step)
+
+    with closing(observer), safety.memory_errors():
+        for line in describe(plan, model, runtime, device, world) if position.step == 0 else ():
+            job.log(line)
+        model.train()
+        if position.step < plan.steps and not model.describe():  # files of a family would change
+            dry_step()
+        committed, committed_at = position.step, time.monotonic()
+        observer.begin(position.step)
+        batches = closing(rows.prefetch(position.step, plan.steps, rank, world))
+        with batches as arrays:
+            for step, ids in enumerate(arrays, start=position.step):
+                # ---- gradients of the whole batch
+                parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
+                seen = [loss for part in parts if (loss := backward(part, step)) is not None]
+                parallel.sum_gradients(parameters)
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                norm = parallel.global_norm(gradients).to(device) / scaler.scale
+                late = time.monotonic() - committed_at >= runtime.checkpoint_every_minutes * 60
+                flags = torch.tensor([job.stop.asked, late and rank == 0, 0.0], device=device)
+                flags[2] = torch.stack(seen).sum() / micro_batches if seen else 0.0
+                # The only place where the host waits for the device; all ranks get equal numbers.
+                numbers = torch.cat([parallel.sum_over_ranks(flags), norm.view(1)]).tolist()
+                asked, late, loss, grad = bool(numbers[0]), bool(numbers[1]), *numbers[2:]
+                # ---- finite? clip, schedule, update, average
+                multipliers, done = plan.schedule.at(step), step + 1
+                updated = bool(seen) and safety.are_finite(loss, grad)
+                if updated:
+                    clip = min(1.0, plan.grad_clip / (grad + 1e-6)) if plan.grad_clip else 1.0
+                    parallel.scale_gradients(gradients, clip / scaler.scale)
+                    optimizer.step(multipliers)
+                    if state.ema:
+                        ramp = (1 + step) / (10 + step) if settings.ema_ramp else 1.0
+                        state.ema.decay = min(settings.ema_decay, ramp)
+                        state.ema.update()
+                    scaler.went_well()
+                elif seen and not scaler.overflowed():
+                    if position.skipped == settings.skip_steps:
+                        micro = safety.find_culprit(
+                            model, parts, lambda ids, s=step: backward(ids, s)
+                        )
+                        raise safety.non_finite(
+                            done, micro, micro_rows, rows, loss, grad, committed, device
+                        )
+                    position.skipped += 1
+                    job.warn(f"update {done} is left out: loss {loss}, gradient norm {grad}")
+                optimizer.zero_grad()
+                position.step = done
+                # ---- log? evaluate? sample? commit? stop asked?
+                if updated:
+                    lr = optimizer.groups[0].lr * multipliers.lr
+                    observer.step(done, loss, lr, grad, model)
+                is_last = done == plan.steps
+                looks = is_last or (settings.eval_every and done % settings.eval_every == 0)
+                improved = bool(looks) and evaluate(done)
+                if settings.sample_every and done % settings.sample_every == 0:
+                    with (
+                        state.averaged(),
+                        safety.nothing_remembered(model, device),
+                        torch.no_grad(),
+                    ):
+                        observer.sampled(done, job.sample(model.eval()))
+                if runtime.hub and done % runtime.hub.every_steps == 0:
+                    job.push(done, state.weights())
+                asked = asked or (world == 1 and job.stop.asked)  # since the numbers were taken
+                waits = done - committed >= runtime.checkpoint_every_steps or model.sweep_end()
+                if is_last or asked or late or improved or waits:
+                    state.commit(observer)
+                    committed, committed_at = done, time.monotonic()
+                if looks or committed == done:
+                    observer.restart_clock()
+                if asked and not is_last:
+                    raise Interrupted(
+                        f"interrupted at step {done} of {plan.steps}, saved; "
+                        "run the same command to continue"
+                    )
+        state.finish()
+    return Outcome(plan=plan, position=position, weights=state.weights(), observer=observer)
