@@ -146,7 +146,7 @@ def verify(path: Path) -> Checkpoint:
 class Checkpoints:
     """The checkpoints in one working folder.
 
-    identity: fingerprint, family, vocabulary, tokenizer and whatever else a checkpoint must agree in.
+    identity: fingerprint, family, vocabulary, tokenizer and what else a checkpoint must agree in.
     keep: how many stay while the run goes on, at least 2.
     """
 

@@ -108,6 +108,10 @@ class Final:
             sha256=manifest.sha256,
         )
 
+    def weights(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        """All weights on the CPU; UserError unless names and shapes are those of `shapes`."""
+        return read_tensors(self.folder / WEIGHTS, shapes)
+
     def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Family:
         """The model on `device` in evaluation mode; dtype: of its matmuls, default fp32."""
         import torch
@@ -121,9 +125,8 @@ class Final:
                 name: tuple(t.shape)
                 for name, t in family.Model(config, self.vocab_size).state_dict().items()
             }
-        weights = read_tensors(self.folder / WEIGHTS, shapes)
         model = build(
-            family, config, self.vocab_size, weights=weights, device=device,
+            family, config, self.vocab_size, weights=self.weights(shapes), device=device,
             dtype=dtype or torch.float32,
         )  # fmt: skip
         return model.eval()

@@ -6,11 +6,12 @@ of the data is one integer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,16 @@ from lib.core.settings import Runtime, Train
 from lib.models.base import Family
 from lib.train.observe import Observer
 from lib.train.plan import Plan
-from lib.train.rows import Rows
 from lib.train.state import Position
+
+
+class Rows(Protocol):
+    """Where batches come from: rows of T + 1 ids by step, the same for every number of ranks."""
+
+    def row_numbers(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray: ...  # noqa: D102
+    def prefetch(  # noqa: D102
+        self, start: int, stop: int, rank: int = 0, world: int = 1
+    ) -> Generator[np.ndarray, None, None]: ...
 
 
 class Asked(Protocol):

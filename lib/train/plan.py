@@ -146,7 +146,7 @@ def describe(
         f"steps: {plan.steps:,} of {plan.batch_tokens:,} tokens, {tokens:,} in all, "
         f"{tokens / max(1, model.scaling_params()):.2f} a scaling parameter",
         f"FLOPs: {tokens * plan.flops_per_token:.3e}, {plan.flops_per_token:,} a token",
-        f"device: {device.type} x {world}, {plan.optim.compute_dtype}, micro-batches of {micro} rows",
+        f"device: {device.type} x {world}, {plan.optim.compute_dtype}, {micro} rows at once",
     ]
     return [*lines, *model.notes()]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from lib.core import ranks
 from lib.core.errors import EnvError, InputError
 from lib.train import parallel
-from lib.train.rows import Rows
+
+if TYPE_CHECKING:
+    from lib.train.job import Rows
 
 KNOBS = "lower runtime.device_batch_size (the result stays), then the context, then the width"
 
@@ -44,7 +47,7 @@ def _is_memory(text: str) -> bool:
 
 @contextlib.contextmanager
 def nothing_remembered(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards random states, buffers, gradients and mode of `model` are what they were before."""
+    """Afterwards random states, buffers and mode of `model` are what they were, gradients gone."""
     states, training = random_states(device), model.training
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     try:
@@ -77,7 +80,7 @@ def restore_random_states(states: dict[str, Tensor], device: torch.device) -> No
 def find_culprit(
     model: nn.Module, micro_batches: Sequence[Tensor], backward: Callable[[Tensor], Tensor | None]
 ) -> int | None:
-    """Number of the first micro-batch whose own loss or gradient is not finite; None: none alone is."""
+    """Number of the first micro-batch whose own loss or gradient is not finite, None if none is."""
     for number, rows in enumerate(micro_batches):
         for parameter in model.parameters():
             parameter.grad = None
@@ -105,7 +108,7 @@ def non_finite(
     saved: int,
     device: torch.device,
 ) -> InputError:
-    """The error for update `step`: micro-batch `micro` of this rank, or of the last rank that has one.
+    """The error for update `step`: micro-batch `micro` of this rank, or of the last that has one.
 
     saved: step of the last checkpoint. All ranks must call.
     """
@@ -122,5 +125,5 @@ def non_finite(
     return InputError(
         f"loss or gradient is not finite at step {step}",
         value=f"loss {loss:.4g}, norm {grad:.4g}, {where}",
-        remedy=f"nothing was updated, the last good checkpoint is {kept}; lower lr or mend the rows",
+        remedy=f"no update was made, the last good checkpoint is {kept}; lower lr or mend the rows",
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Position:
     step: int = 0  # finished updates; batch(step) comes next
     best: dict[str, float] | None = None  # {"step", "bpb"} of the best validation so far
     skipped: int = 0  # updates left out for a non-finite gradient
+    code_changes: list[str] = field(default_factory=list)  # files changed since it began
 
 
 def stack_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -114,6 +115,9 @@ class RunState:
         self.scaler.load(note["scaler"])
         self._restore_random(found, seed)
         self.position = Position(**{key: note[key] for key in asdict(self.position)})
+        then, now = note.get("code", {}), self.extra.get("code", {})
+        changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
+        self.position.code_changes = sorted(changed.union(self.position.code_changes))
         log(f"continues after step {found.step}")
         theirs = note["stack"]
         for key in sorted(n for n in self.stack if theirs.get(n) != self.stack[n]):

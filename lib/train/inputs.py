@@ -1,0 +1,121 @@
+"""What a run reads: token rows, its tokenizer, validation text, another run's weights.
+
+In:    the manifest of an encoding, a tokenizer folder.   Out: `Data`, closures for the loop.
+Rule:  token files are verified before their first use; a tokenizer that did not make them is
+       refused.
+Note:  validation text comes out of the token files: a lossless tokenizer gives back the documents
+       bytes, so every tokenizer and family is measured on the same text (evaluation.md 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from lib.core import artifact
+from lib.core.artifact import Manifest
+from lib.core.errors import UserError
+from lib.core.settings import Train
+from lib.data.loader import Loader
+from lib.data.tokenizer import Tokenizer, load_tokenizer
+from lib.data.tokens import TokenStore
+from lib.eval.bpb import Document, take_prefix, validate
+from lib.eval.scorer import Rules
+from lib.export.generate import Sampling, generate
+from lib.models.base import Family
+from lib.train.final import Final
+from lib.train.plan import Plan
+
+SAMPLE_TOKENS, SAMPLES = 48, 2
+
+
+@dataclass(frozen=True)
+class Data:
+    """Token rows and the tokenizer that made them."""
+
+    store: TokenStore
+    tokenizer: Tokenizer
+    seed: int
+
+    @classmethod
+    def open(cls, tokens: Path, tokenizer: Path, seed: int, *, full: bool) -> Data:
+        """Verify and open; InputError for damaged files, UserError for another tokenizer."""
+        manifest = Manifest.read(tokens, kind="tokens")
+        folder = artifact.scratch_folder("tokens", manifest.key)
+        artifact.ensure(folder, manifest.files, None, full=full)
+        store, loaded = TokenStore(folder, manifest), load_tokenizer(tokenizer)
+        store.require_tokenizer(loaded.fingerprint)
+        return cls(store, loaded, seed)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of training text that one training token stands for."""
+        return float(self.store.documents("train").bytes.sum()) / max(1, self.store.length("train"))
+
+    def rows(self, plan: Plan) -> Loader:
+        """The seeded rows of every step."""
+        return Loader(self.store, plan.batch_tokens, self.seed)
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """All validation documents: (number, text)."""
+        found, held = [], self.store.documents("val")
+        special = {self.store.bos_id, self.store.eos_id}
+        for number in range(len(held)):
+            start, stop = (int(held.offsets[number + i]) for i in (0, 1))
+            ids = self.store.tokens("val", start, stop - start).tolist()
+            data = self.tokenizer.decode_bytes([i for i in ids if i not in special])
+            found.append((str(number), data.decode("utf-8", errors="replace")))
+        return found
+
+    def validator(
+        self, settings: Train, device: torch.device, dtype: torch.dtype
+    ) -> Callable[[Family], float | None]:
+        """Bits per byte of the first `eval_bytes` of validation text; None if the ids lose text."""
+        rules = Rules.of(self.tokenizer, self.store.boundary, self.store.context)
+        wanted = settings.eval_bytes
+        prefix = take_prefix(self.documents, wanted) if wanted else self.documents
+
+        def bpb(model: Family) -> float | None:
+            return validate(model, prefix, self.tokenizer, rules, device=device, dtype=dtype).bpb
+
+        return bpb
+
+    def sampler(self, device: torch.device) -> Callable[[Family], list[str]]:
+        """Short texts that begin with nothing but the boundary id."""
+        first = self.store.bos_id if self.store.bos_id is not None else self.store.eos_id
+
+        def texts(model: Family) -> list[str]:
+            if first is None:
+                return []
+            rows = generate(
+                model, [first], Sampling(), rows=SAMPLES, device=device,
+                max_new_tokens=min(SAMPLE_TOKENS, self.store.context - 1),
+            )  # fmt: skip
+            return [self.tokenizer.decode_bytes(r.ids).decode("utf-8", "replace") for r in rows]
+
+        return texts
+
+
+def take_weights(source: Path, model: Family, tokenizer: str) -> None:
+    """Load the weights of the finished model in `source` into `model`.
+
+    UserError unless tokenizer and shapes agree.
+    """
+    final = Final.open(source, tokenizer)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(final.weights(shapes))
+
+
+def require_context(context: int, model: Family) -> None:
+    """UserError where the rows are longer than the model may be given."""
+    if model.max_context is not None and context > model.max_context:
+        raise UserError(
+            "rows are longer than the model's context",
+            value=f"rows of {context}, model {model.max_context}",
+            remedy="lower encode_tokens' context and run it again, or raise the model's",
+        )

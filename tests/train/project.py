@@ -1,0 +1,91 @@
+"""A project folder with real token files, made in a second: what the training stage starts from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from lib.core import artifact, files
+from lib.core.artifact import Manifest
+from lib.core.settings import BpeTokenizer
+from lib.data import tokenizer as tokenizers
+from lib.data.encode import encode, plan_encoding
+from tests.conftest import ROOT
+from tests.data import encoding_double as double
+from tests.data.texts import english
+
+PARAMS = """
+profile: small
+seed: 7
+train:
+  defaults:
+    lr: 0.01
+  gpt:
+    steps: 6
+    batch_tokens: 128
+    ema_decay: 0.9
+    eval_every: 3
+    eval_bytes: 400
+model:
+  gpt:
+    width: 16
+    heads: 2
+    depth: 1
+    context: 32
+runtime:
+  device: cpu
+  threads: 1
+  device_batch_size: 2
+  checkpoint_every_steps: 2
+profiles:
+  small: {}
+"""
+
+
+def make_project(folder: Path, seed: int = 1) -> Path:
+    """Tokenizer, token files in scratch, params.yaml; `seed` decides the texts."""
+    texts = english(80, seed)
+    documents = double.write_documents(
+        folder / "documents", {"train_en_00000": texts[:70], "val_en_00000": texts[70:]}
+    )
+    place = folder / "data/tokenizers/bpe"
+    settings = BpeTokenizer(kind="bpe", documents="en", vocab_size=300)
+    tokenizers.build(settings, texts, lambda: texts[70:], place)
+    recipe = {"stage": "train_tokenizer", "texts": seed}
+    found = Manifest(kind="tokenizer", recipe=recipe, files=artifact.describe(place))
+    found.write(place / files.MANIFEST)
+    plan = plan_encoding(
+        double.settings(tokenizer="bpe"), documents, place, folder / "scratch",
+        open_tokenizer=tokenizers.load_tokenizer,
+    )  # fmt: skip
+    manifest = encode(plan, map, lambda line: None)
+    assert manifest is not None
+    manifest.write(folder / "data/tokens/bpe.manifest.json")
+    shutil.rmtree(documents)
+    (folder / "params.yaml").write_text(PARAMS)
+    return folder
+
+
+def command(
+    project: Path, *arguments: str, module: str = "stages.pretrain", **environment: str
+) -> subprocess.Popen:
+    """The training stage as a process of its own."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=project,
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(project: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of `pretrain --run gpt`."""
+    process = command(project, "--run", "gpt", *arguments, **environment)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
