@@ -540,7 +540,8 @@ class AppendLog:
     def truncate(self, size: int) -> None:
         """Cut the log to `size` bytes, the position that a checkpoint remembered."""
         with disk_errors(self.path):
-            os.ftruncate(self._fd, size)
+            if os.fstat(self._fd).st_size != size:  # a finished run is opened, not touched
+                os.ftruncate(self._fd, size)
         self.position = self.path.read_bytes()[:size].count(b"\n")
 
     def close(self) -> None:

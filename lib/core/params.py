@@ -93,7 +93,7 @@ def merge(*layers: Mapping) -> dict:
 
 
 def typed(kind: type, value: Any, file: str | Path) -> Any:
-    """`value`, read from the JSON or YAML of `file`, as the dataclass `kind`; all errors at once."""
+    """`value`, as JSON or YAML in `file` gives it, as the dataclass `kind`; all errors at once."""
     problems: list[Problem] = []
     result = _build(kind, value, "", problems)
     raise_all([UserError(w, file=file, value=_told(k, v, w), remedy=r) for w, k, v, r in problems])
