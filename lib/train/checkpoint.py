@@ -127,8 +127,7 @@ def verify(path: Path) -> Checkpoint:
 
     UserError for another format version.
     """
-    manifest = Manifest.read(path / files.MANIFEST, kind=KIND)
-    artifact.verify(path, manifest)
+    verified_manifest(path, KIND)
     state = files.read_json(path / STATE)
     if state.get("version") != VERSION:
         raise UserError(
@@ -138,6 +137,16 @@ def verify(path: Path) -> Checkpoint:
             remedy="continue it with the release that wrote it, or remove it",
         )
     return Checkpoint(path, int(state["step"]), state)
+
+
+def verified_manifest(folder: Path, kind: str) -> Manifest:
+    """The manifest of `folder` after every file, itself included, was found as it was written."""
+    path = folder / files.MANIFEST
+    manifest = Manifest.read(path, kind=kind)
+    if path.read_bytes() != manifest.to_bytes():  # a change that JSON does not see
+        raise InputError("manifest differs from what was written", file=path, remedy="make it again")
+    artifact.verify(folder, manifest)
+    return manifest
 
 
 # ---------------------------------------------------------------- all checkpoints of a run

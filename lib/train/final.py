@@ -18,7 +18,7 @@ from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.heads import config_class, family_names
 from lib.core.params import typed
-from lib.train.checkpoint import Tensors, read_tensors, write_tensors
+from lib.train.checkpoint import Tensors, read_tensors, verified_manifest, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,7 @@ class Final:
         InputError where a file is not as it was, UserError where it is no finished model, of
         another format version, or made with another tokenizer than the fingerprint `tokenizer`.
         """
-        manifest = Manifest.read(folder / files.MANIFEST, kind=KIND)
-        artifact.verify(folder, manifest)
+        manifest = verified_manifest(folder, KIND)
         raw = files.read_json(folder / CONFIG)
         if raw.get("format") != FORMAT or raw.get("version") != VERSION:
             raise UserError(
