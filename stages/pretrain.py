@@ -33,6 +33,11 @@ def family_of(run: Run) -> str:
     return run.settings.train[run.name].family or run.name
 
 
+def modules(run: Run) -> list[str]:
+    """What is loaded by name: the family."""
+    return [f"lib.models.{family_of(run)}"]
+
+
 def identity(run: Run) -> dict[str, Any]:
     """The run's settings, model, seed, token rows, tokenizer, and the weights it begins with."""
     settings = run.settings.train[run.name]
@@ -62,6 +67,4 @@ def body(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(
-        stage.main(STAGE, body, identity, modules=lambda run: [f"lib.models.{family_of(run)}"])
-    )
+    raise SystemExit(stage.main(STAGE, body, identity, modules=modules))

@@ -144,7 +144,9 @@ def verified_manifest(folder: Path, kind: str) -> Manifest:
     path = folder / files.MANIFEST
     manifest = Manifest.read(path, kind=kind)
     if path.read_bytes() != manifest.to_bytes():  # a change that JSON does not see
-        raise InputError("manifest differs from what was written", file=path, remedy="make it again")
+        raise InputError(
+            "manifest differs from what was written", file=path, remedy="make it again"
+        )
     artifact.verify(folder, manifest)
     return manifest
 

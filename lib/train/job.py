@@ -6,7 +6,7 @@ of the data is one integer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ class Rows(Protocol):
     def row_numbers(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray: ...  # noqa: D102
     def prefetch(  # noqa: D102
         self, start: int, stop: int, rank: int = 0, world: int = 1
-    ) -> Generator[np.ndarray, None, None]: ...
+    ) -> Iterator[np.ndarray]: ...
 
 
 class Asked(Protocol):

@@ -10,6 +10,7 @@ head) stays whole on every rank, so that any method of a family may be called.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lib.core import ranks
 from lib.core.errors import UserError
+from lib.models.base import Group
+from lib.train import flops
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -36,6 +39,13 @@ def stop() -> None:
     """Leave the others; a second start in this process joins anew."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of all ranks' devices together; None where the device is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    one = flops.peak_flops(name)
+    return None if one is None else ranks.world_size() * one
 
 
 def barrier() -> None:
@@ -132,8 +142,21 @@ def shard_blocks(model: nn.Module) -> None:
     inner = {id(m) for block in blocks for m in block.modules() if m is not block}
     for block in blocks:
         if id(block) not in inner:
-            sharded = fully_shard(block)
+            # Each block is a root of its own: without the flag what validation gathered, averaged
+            # weights, would serve the next training step.
+            sharded = fully_shard(block, reshard_after_forward=True)
             sharded.set_gradient_divide_factor(1.0)  # the loss is divided already: add
+            sharded.set_force_sum_reduction_for_comms(True)
+
+
+def split_groups(groups: Iterable[Group]) -> list[Group]:
+    """Groups whose parameters are all cut or all whole: one fused update takes one kind."""
+    result = []
+    for group in groups:
+        for kind in (False, True):
+            params = {n: p for n, p in group.params.items() if is_sharded(p) is kind}
+            result += [replace(group, params=params)] if params else []
+    return result
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -21,18 +21,6 @@ from lib.train.schedule import Schedule, auto_batch, horizon, make_schedule
 AUTO_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # of a micro-batch where device_batch_size is auto
 
 
-PEAK_FLOPS = {  # dense bf16, by a part of the device's name; the makers' data sheets
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, " L4": 121e12,
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device, world: int) -> float | None:
-    """Peak of all devices together in bf16; None for a device that is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((world * peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What every step of the run needs to know."""

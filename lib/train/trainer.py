@@ -23,7 +23,7 @@ from lib.train.checkpoint import Checkpoints
 from lib.train.job import Batch, Job, Outcome
 from lib.train.observe import Observer
 from lib.train.optim import build_optimizer
-from lib.train.plan import describe, make_plan, peak_flops, refuse_unshardable
+from lib.train.plan import describe, make_plan, refuse_unshardable
 from lib.train.precision import LossScaler, autocast
 from lib.train.state import Position, RunState, stack_of
 
@@ -40,11 +40,10 @@ def train(job: Job) -> Outcome:
     if runtime.shard == "fsdp":
         parallel.shard_blocks(model)
         refuse_unshardable(model, plan)
+    groups = parallel.split_groups(model.param_groups(plan.optim))
     state = RunState(
         model=model,
-        optimizer=build_optimizer(
-            model.param_groups(plan.optim), shard=runtime.shard == "optimizer"
-        ),
+        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer"),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype),
         device=device,
@@ -56,7 +55,7 @@ def train(job: Job) -> Outcome:
     observer = Observer(
         job.work, runtime, run=job.run, steps=plan.steps, tokens_per_step=plan.batch_tokens,
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
-        peak_flops=peak_flops(device, world), config=job.identity, quiet=rank > 0,
+        peak_flops=parallel.peak_flops(device), config=job.identity, quiet=rank > 0,
     )  # fmt: skip
     rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world)
     micro_batches = plan.rows // micro_rows  # of one step over all ranks
@@ -105,8 +104,8 @@ def train(job: Job) -> Outcome:
             dry_step()
         committed, committed_at = position.step, time.monotonic()
         observer.begin(position.step)
-        batches = closing(rows.prefetch(position.step, plan.steps, rank, world))
-        with batches as arrays:
+        batches = rows.prefetch(position.step, plan.steps, rank, world)
+        with closing(batches) as arrays:  # type: ignore[type-var]  # loaders give generators
             for step, ids in enumerate(arrays, start=position.step):
                 # ---- gradients of the whole batch
                 parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)

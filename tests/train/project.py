@@ -70,7 +70,11 @@ def make_project(folder: Path, seed: int = 1) -> Path:
 
 
 def command(
-    project: Path, *arguments: str, module: str = "stages.pretrain", **environment: str
+    project: Path,
+    *arguments: str,
+    module: str = "stages.pretrain",
+    start_new_session: bool = False,
+    **environment: str,
 ) -> subprocess.Popen:
     """The training stage as a process of its own."""
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
@@ -81,6 +85,7 @@ def command(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
     )
 
 

@@ -26,7 +26,11 @@ def groups(step: int) -> dict[str, dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(step)
     weights = {"a.weight": torch.randn(16, 8, generator=draw), "b": torch.randn(3, generator=draw)}
     random_state = {"cpu.0": torch.arange(64, dtype=torch.uint8)}
-    return {"model": weights, "optimizer": {"b.step": torch.tensor(float(step))}, "rng": random_state}
+    return {
+        "model": weights,
+        "optimizer": {"b.step": torch.tensor(float(step))},
+        "rng": random_state,
+    }
 
 
 @pytest.fixture
@@ -126,7 +130,11 @@ def caught_reason(kept):
 
 
 def test_e04_another_tokenizer_vocabulary_or_family_is_refused_with_both_values(kept):
-    for name, value in (("tokenizer", "02d4f1b3" + "0" * 56), ("vocab_size", 12), ("family", "trm")):
+    for name, value in (
+        ("tokenizer", "02d4f1b3" + "0" * 56),
+        ("vocab_size", 12),
+        ("family", "trm"),
+    ):
         with pytest.raises(UserError, match=f"{name} does not match in the checkpoint") as caught:
             again(kept, **{name: value})[0].newest_good()
         shown = str(caught.value)

@@ -59,7 +59,9 @@ def test_e04_another_tokenizer_is_refused_with_both_fingerprints(final):
 
 
 def test_weights_of_another_size_are_refused_by_name(final):
-    wanted = {n: tuple(t.shape) for n, t in final[1].state_dict().items()} | {"wte.weight": (21, 16)}
+    wanted = {n: tuple(t.shape) for n, t in final[1].state_dict().items()} | {
+        "wte.weight": (21, 16)
+    }
     with pytest.raises(UserError, match=r"wte.weight: \(20, 16\), the model has \(21, 16\)"):
         Final.open(final[0]).weights(wanted)
 

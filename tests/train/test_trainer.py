@@ -1,4 +1,4 @@
-"""The loop: resumed runs equal undisturbed ones, non-finite numbers stop it, knobs do what they say."""
+"""The loop: resumed runs equal undisturbed ones, bad numbers stop it, knobs do what they say."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("kills", [[1], [4], [8], [2, 5, 7]], ids=str)
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, undisturbed, kills):
-    """Weights, optimizer, average, random states, curves, log; 10 rows, 4 a step: epochs end inside."""
+    """Weights, optimizer, average, random states, curves, log; epochs of 2.5 steps end inside."""
     for at in kills:
         status = in_child(lambda at=at: run(tmp_path, rows=lambda plan: Killing(at)))
         assert os.WIFSIGNALED(status)
@@ -202,7 +202,7 @@ class Greedy(Bigram):
 def test_e02_out_of_memory_shows_in_the_dry_step_with_the_three_knobs(tmp_path):
     model = Greedy()
     model.init_weights(0)
-    with pytest.raises(EnvError, match="device_batch_size.*context.*width") as caught:
+    with pytest.raises(EnvError, match=r"device_batch_size.*context.*width") as caught:
         run(tmp_path, model=model)
     assert caught.value.code == 4
     assert not list(tmp_path.glob("step_*"))
@@ -240,7 +240,7 @@ def test_the_micro_batch_changes_nothing_but_rounding(tmp_path, rows):
 
 
 def test_the_average_follows_its_formula(tmp_path):
-    """theta <- d theta + (1 - d) p with d = min(decay, (1 + t) / (10 + t)), by hand over 3 updates."""
+    """theta <- d theta + (1 - d) p, d = min(decay, (1 + t) / (10 + t)), by hand over 3 updates."""
     settings = replace(BASE, steps=3, ema_ramp=True, ema_decay=0.15, eval_every=1)
     runtime = replace(RUNTIME, checkpoint_every_steps=1)
     seen = []

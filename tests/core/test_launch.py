@@ -1,0 +1,196 @@
+"""The launcher: the same words on every machine, rank 0's exit code, stop signals handed on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lib.core.errors import UserError
+from lib.core.launch import sbatch_command, torchrun_command
+from tests.conftest import ROOT
+
+MODULE = """
+import os, signal, sys, time
+from pathlib import Path
+from lib.core import ranks
+from lib.core.process import StopRequest
+
+stop = StopRequest("stopped", defer=True)
+Path(f"seen_{ranks.rank()}").write_text(f"{ranks.world_size()} {os.getpid()} {sys.argv[1:]}")
+code = int(sys.argv[1])
+if code == 75:
+    with stop.installed():
+        limit = time.monotonic() + 60
+        while not stop.asked and time.monotonic() < limit:
+            time.sleep(0.01)
+    Path(f"asked_{ranks.rank()}").touch()
+ranks.leave_code(code)
+sys.exit(code if ranks.rank() == 0 else 0)
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "params.yaml").write_text("profile: small\nprofiles: {small: {}}\n")
+    (tmp_path / "toy.py").write_text(MODULE)
+    return tmp_path
+
+
+def launch(project: Path, *words: str, **environment: str) -> subprocess.Popen:
+    path = os.pathsep.join([str(project), str(ROOT)])
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("KUMIKI_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lib.core.launch", *words],
+        cwd=project,
+        env={**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    _, err = process.communicate(timeout=90)
+    return process.returncode, err
+
+
+def wait_for(path: Path) -> None:
+    limit = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < limit, f"{path.name} never appeared"
+        time.sleep(0.01)
+
+
+def test_python_becomes_the_module(project):
+    """No launcher stays between DVC and the stage, whose death signal watches its parent."""
+    process = launch(project, "toy", "3", "--x", "a b")
+    assert finish(process)[0] == 3
+    world, pid, words = (project / "seen_0").read_text().split(" ", 2)
+    assert (world, int(pid), words) == ("1", process.pid, "['3', '--x', 'a b']")
+
+
+def test_torchrun_hands_on_rank_0s_code_and_the_words(project):
+    """torchrun itself turns every failure into 1; --run must not be read as an option of its own."""
+    process = launch(project, "toy", "4", "--run", "x", KUMIKI_LAUNCHER="torchrun", KUMIKI_NPROC="2")
+    code, err = finish(process)
+    assert code == 4, err
+    for rank in (0, 1):
+        world, _, words = (project / f"seen_{rank}").read_text().split(" ", 2)
+        assert (world, words) == ("2", "['4', '--run', 'x']")
+    assert list((project / ".kumiki").iterdir()) == []
+
+
+def test_a10_a_stop_reaches_every_worker_and_the_code_is_75(project):
+    process = launch(project, "toy", "75", KUMIKI_LAUNCHER="torchrun", KUMIKI_NPROC="2")
+    for rank in (0, 1):
+        wait_for(project / f"seen_{rank}")
+    process.send_signal(signal.SIGTERM)
+    code, err = finish(process)
+    assert code == 75, err
+    assert (project / "asked_0").exists() and (project / "asked_1").exists()
+
+
+def test_a11_workers_die_with_a_killed_launcher(project):
+    """PR_SET_PDEATHSIG along the chain launcher, torchrun, workers."""
+    process = launch(project, "toy", "75", KUMIKI_LAUNCHER="torchrun", KUMIKI_NPROC="1")
+    wait_for(project / "seen_0")
+    pid = int((project / "seen_0").read_text().split()[1])
+    process.kill()
+    process.communicate()
+    limit = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
+        assert time.monotonic() < limit, "the worker lives on"
+        time.sleep(0.05)
+
+
+def state_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0]
+    except OSError:
+        return "Z"
+
+
+def test_several_nodes_need_a_meeting_point():
+    with pytest.raises(UserError, match="KUMIKI_RDZV"):
+        torchrun_command(["m"], {"KUMIKI_NNODES": "2"}, 60)
+    found = torchrun_command(["m", "--a"], {"KUMIKI_NNODES": "2", "KUMIKI_RDZV": "h:1"}, 60)
+    assert found[-3:] == ["--", "m", "--a"] and "h:1" in found and "--standalone" not in found
+    by_rank = {"KUMIKI_NNODES": "2", "MASTER_ADDR": "h", "RANK": "1", "KUMIKI_NPROC": "8"}
+    found = torchrun_command(["m"], by_rank, 60)
+    assert found[found.index("--node-rank") + 1] == "1"
+    assert found[found.index("--nproc-per-node") + 1] == "8"
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        ([], {}, "no module to launch"),
+        (["toy"], {"KUMIKI_LAUNCHER": "mpi"}, "unknown launcher: KUMIKI_LAUNCHER=mpi"),
+        (["toy"], {"KUMIKI_LAUNCHER": "slurm", "PATH": "/nowhere"}, "launcher is absent: sbatch"),
+    ],
+)
+def test_what_cannot_be_launched_is_a_sentence(project, words, environment, said):
+    code, err = finish(launch(project, *words, **environment))
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
+
+
+# ---------------------------------------------------------------- slurm, by doubles of its commands
+
+SBATCH = """#!/bin/sh
+echo "$@" > sbatch_words
+for last; do :; done
+echo 4711
+exec sh -c "$last"
+"""
+SQUEUE = """#!/bin/sh
+[ -f queued ] && echo 4711
+exit 0
+"""
+
+
+@pytest.fixture
+def slurm(project):
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        (project / name).write_text(text)
+        (project / name).chmod(0o755)
+    path = f"{project}{os.pathsep}{os.environ['PATH']}"
+    return {"KUMIKI_LAUNCHER": "slurm", "PATH": path}
+
+
+def test_a_slurm_job_runs_the_same_words_and_gives_its_code(project, slurm):
+    options = {"KUMIKI_SBATCH": "--gpus=8 --comment='two words'"}
+    code, err = finish(launch(project, "toy", "3", "a b", **slurm, **options))
+    assert code == 3, err
+    assert "--gpus=8 --comment=two words" in (project / "sbatch_words").read_text()
+    assert (project / "seen_0").read_text().endswith("['3', 'a b']")
+    assert list((project / ".kumiki").iterdir()) == []
+
+
+def test_a_job_that_is_still_queued_is_attached_to(project, slurm):
+    """A second submission would be a second trainer."""
+    import hashlib
+
+    key = hashlib.sha256(b"toy\x003").hexdigest()[:12]
+    (project / ".kumiki").mkdir()
+    (project / f".kumiki/slurm_{key}.json").write_text('{"job": "4711"}')
+    (project / "queued").touch()
+    process = launch(project, "toy", "3", **slurm)
+    assert process.stderr is not None
+    assert "attached to Slurm job 4711" in process.stderr.readline()
+    (project / f".kumiki/slurm_{key}.exit").write_text("3")
+    (project / "queued").unlink()
+    assert finish(process)[0] == 3
+    assert not (project / "sbatch_words").exists()
+
+
+def test_inside_a_job_torchrun_is_used_where_processes_are_asked_for():
+    words = sbatch_command(["m", "--a"], {"KUMIKI_NPROC": "8"}, 60)
+    assert "KUMIKI_LAUNCHER=torchrun" in words[-1] and words[-1].endswith("lib.core.launch m --a")
+    assert "KUMIKI_LAUNCHER=python" in sbatch_command(["m"], {}, 60)[-1]

@@ -1,0 +1,231 @@
+"""The training stage on real token files: published once, resumed, refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lib.core import stage
+from lib.train.final import Final
+from stages import pretrain
+from tests.faults.crash import tree
+from tests.train.project import command, make_project, outcome
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A project, untouched by tests."""
+    return make_project(tmp_path_factory.mktemp("project") / "p")
+
+
+@pytest.fixture
+def project(made, tmp_path, monkeypatch):
+    """A copy of it as the current folder."""
+    shutil.copytree(made, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    return tmp_path / "p"
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """The project with its run trained in a process of its own, never disturbed."""
+    folder = tmp_path_factory.mktemp("trained") / "p"
+    shutil.copytree(made, folder)
+    code, out, err = outcome(folder)
+    assert code == 0, err
+    (folder / "stdout.txt").write_text(out)
+    return folder
+
+
+def pretrain_here(*arguments: str) -> int:
+    """The stage within this process."""
+    run = ["--run", "gpt", *arguments] if "--run" not in arguments else list(arguments)
+    return stage.main(
+        pretrain.STAGE, pretrain.body, pretrain.identity, modules=pretrain.modules, argv=run
+    )
+
+
+def outputs(project: Path) -> dict[str, str]:
+    found = tree(project / "checkpoints/gpt/final")
+    return found | tree(project / "metrics/gpt")
+
+
+def test_a_run_publishes_a_model_and_its_curves(trained):
+    final = Final.open(trained / "checkpoints/gpt/final")
+    assert final.model().config.width == 16
+    assert final.provenance["steps"] == 6
+    assert final.provenance["train_tokens"] == 6 * 128
+    names = {p.name for p in (trained / "checkpoints/gpt/final").iterdir()}
+    assert {"tokenizer.json", "token_bytes.npy", "provenance.json", "manifest.json"} <= names
+    curve = (trained / "metrics/gpt/curve.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in curve] == ["step", "3", "6"]
+    loss = (trained / "metrics/gpt/loss.csv").read_text().splitlines()
+    first = float(loss[1].split(",")[3])
+    assert abs(first - 5.703782) < 1e-5, "ln 300: the head begins at zero"
+    assert "Step      6 | Loss: " in (trained / "stdout.txt").read_text()
+
+
+def test_the_final_model_keeps_no_path_or_host(trained):
+    for path in (trained / "checkpoints/gpt/final").iterdir():
+        data = path.read_bytes()
+        assert str(trained).encode() not in data and os.uname().nodename.encode() not in data
+
+
+def test_a13_a_finished_run_is_a_no_op_that_touches_no_file(trained):
+    """Torch is not even imported: the second run of the same command takes well under 3 s."""
+    watched = [p for p in trained.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    before = {p: p.stat().st_mtime_ns for p in watched if p.name != "stage.log"}
+    started = time.monotonic()
+    code, out, err = outcome(trained)
+    assert (code, "up to date" in err, out) == (0, True, ""), err
+    assert time.monotonic() - started < 3
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_outputs_removed_by_dvc_come_back_without_training(trained, tmp_path, monkeypatch):
+    """DVC deletes outputs before a run; another stage's file beside the curves stays."""
+    folder = tmp_path / "p"
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    wanted = outputs(folder)
+    shutil.rmtree(folder / "checkpoints/gpt/final")
+    (folder / "metrics/gpt/curve.csv").unlink()
+    (folder / "metrics/gpt/eval.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "lib.train.trainer", None)  # importing it would fail
+    assert pretrain_here() == 0
+    found = outputs(folder)
+    assert found.pop("eval.json") and found == wanted
+
+
+def test_a10_signals_commit_and_the_same_command_ends_with_the_same_bytes(project, tmp_path):
+    """First SIGTERM: 75 and a checkpoint; twice SIGINT to the group: at once; both lose no bit."""
+    longer = ["--set", "train.gpt.steps=80", "--set", "runtime.log_every=1"]
+    twin = tmp_path / "twin"
+    shutil.copytree(project, twin)
+    process = interrupted(project, longer, [signal.SIGTERM])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "saved; run the same command to continue" in err and "Traceback" not in err
+    (first,) = (project / "checkpoints/gpt/work").rglob("manifest.json")
+    assert not (project / "checkpoints/gpt/final").exists()
+    process = interrupted(project, longer, [signal.SIGINT, signal.SIGINT])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert f"continues after {first.parent.name.replace('_', ' ')}" in err
+    assert pretrain_here(*longer) == 0
+    os.chdir(twin)  # monkeypatch brings the first folder back
+    assert pretrain_here(*longer) == 0
+    assert outputs(project) == outputs(twin)
+
+
+def interrupted(project: Path, options: list[str], signals: list[int]) -> subprocess.Popen:
+    """The stage in a session of its own, sent `signals` after its first step."""
+    process = command(project, "--run", "gpt", *options, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("Step ")
+    for number in signals:
+        os.killpg(process.pid, number)
+    return process
+
+
+def test_e07_a_changed_parameter_begins_beside_and_its_return_finds_the_old_model(
+    trained, tmp_path, monkeypatch
+):
+    folder = tmp_path / "p"
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    wanted = outputs(folder)
+    assert pretrain_here("--set", "train.gpt.steps=2") == 0
+    assert outputs(folder) != wanted
+    work = folder / "checkpoints/gpt/work/pretrain_gpt"
+    assert len([p for p in work.iterdir() if p.is_dir()]) == 2
+    monkeypatch.setitem(sys.modules, "lib.train.trainer", None)
+    assert pretrain_here() == 0
+    assert outputs(folder) == wanted
+
+
+def test_the_familys_file_is_part_of_the_code_that_a_run_remembers(trained):
+    (state,) = (trained / "checkpoints/gpt/work/pretrain_gpt").glob("*/state.json")
+    code = json.loads(state.read_text())["code"]
+    assert {"lib/models/gpt.py", "lib/train/trainer.py", "lib/nn/rope.py"} <= code.keys()
+    assert not [name for name in code if name.startswith("tests/")]
+
+
+def test_e04_another_tokenizer_is_refused_with_both_fingerprints(project, tmp_path, capsys):
+    other = make_project(tmp_path / "other", seed=2)
+    place = str(other / "data/tokenizers/bpe")
+    assert pretrain_here("--tokenizer", place) == 2
+    err = capsys.readouterr().err
+    made = json.loads((project / "data/tokenizers/bpe/tokenizer.json").read_text())["fingerprint"]
+    given = json.loads((Path(place) / "tokenizer.json").read_text())["fingerprint"]
+    assert "tokenizer does not match" in err and made[:8] in err and given[:8] in err
+
+
+def test_a_flipped_bit_in_the_token_files_is_named_before_training(project, capsys):
+    (path,) = project.rglob("train_00000.bin")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 4
+    path.write_bytes(data)
+    assert pretrain_here() == 3
+    err = capsys.readouterr().err
+    assert "sha256 differs in" in err and "train_00000.bin" in err
+
+
+def test_e06_mistakes_are_all_named_at_once_before_torch(project):
+    text = (project / "params.yaml").read_text()
+    text = text.replace("ema_decay: 0.9", "warmpu: 3\n    ema_decay: 1.5").replace("0.01", '"1e-2"')
+    (project / "params.yaml").write_text(text.replace("depth: 1", "depht: 1"))
+    process = command(project, "--run", "gpt", PYTHONPROFILEIMPORTTIME="1")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    for words in (
+        "train.gpt.warmpu; did you mean train.gpt.warmup?",
+        "train.defaults.lr is '1e-2'; give a number",
+        "model.gpt.depht; did you mean model.gpt.depth?",
+        "3 errors",
+    ):
+        assert words in err
+    assert "torch" not in {line.split("|")[-1].strip() for line in err.splitlines()}
+
+
+def test_an_unknown_run_is_answered_with_those_there_are(project, capsys):
+    assert pretrain_here("--run", "gtp") == 2
+    assert "unknown run in pretrain: gtp; choose one of gpt" in capsys.readouterr().err
+
+
+def test_a_run_may_begin_with_anothers_weights(trained, tmp_path, monkeypatch, capsys):
+    """Weights only: step 0, fresh optimizer; the source's manifest is a parent of the result."""
+    folder = tmp_path / "p"
+    shutil.copytree(trained, folder)
+    monkeypatch.chdir(folder)
+    text = (folder / "params.yaml").read_text()
+    more = "runs:\n  tuned:\n    family: gpt\n    init_from: checkpoints/gpt/final\n"
+    more += "    steps: 2\n    batch_tokens: 128\n    eval_every: 0\n    eval_bytes: 400\n"
+    (folder / "params.yaml").write_text(text + more)
+    assert pretrain_here("--run", "tuned") == 0
+    source = Final.open(folder / "checkpoints/gpt/final")
+    tuned = Final.open(folder / "checkpoints/tuned/final")
+    assert tuned.provenance["parents"]["init_from"] == source.sha256
+    first = (folder / "metrics/tuned/loss.csv").read_text().splitlines()[1]
+    assert float(first.split(",")[3]) < 5.0, "the weights of the source are not there"
+    (folder / "params.yaml").write_text(text + more + "    model:\n      depth: 2\n")
+    assert pretrain_here("--run", "tuned") == 2
+    assert "the model has" in capsys.readouterr().err
+
+
+def test_rows_longer_than_the_models_context_are_refused(project, capsys):
+    assert pretrain_here("--set", "model.gpt.context=16") == 2
+    assert "rows of 32, model 16" in capsys.readouterr().err
+
+
+def test_samples_are_text_of_the_tokenizer(project, capsys):
+    assert pretrain_here("--set", "train.gpt.sample_every=3", "--set", "train.gpt.steps=3") == 0
+    assert sum(line.startswith("  | ") for line in capsys.readouterr().out.splitlines()) == 2
