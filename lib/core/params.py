@@ -70,7 +70,11 @@ def resolve(raw: dict, profile: str, *last: dict) -> tuple[Settings | None, list
     runs = inherit(merged)
     settings = _build(Settings, {**merged, "train": runs}, "", problems)
     models, configs = _build_models(merged, runs, problems)
-    problems = [(w, _origin(key, merged), v, r) for w, key, v, r in problems]
+    once: dict[tuple, Problem] = {}  # what a run inherits is told where the file has it, once
+    for what, key, value, remedy in problems:
+        place = _origin(key, merged)
+        once.setdefault((what, place, str(value)), (what, place, value, remedy))
+    problems = list(once.values())
     if settings is not None and not problems:
         train = {n: replace(settings.train[n], model=c) for n, c in configs.items()}
         settings = replace(settings, train=train, model=models)

@@ -76,8 +76,10 @@ def test_python_becomes_the_module(project):
 
 
 def test_torchrun_hands_on_rank_0s_code_and_the_words(project):
-    """torchrun itself turns every failure into 1; --run must not be read as an option of its own."""
-    process = launch(project, "toy", "4", "--run", "x", KUMIKI_LAUNCHER="torchrun", KUMIKI_NPROC="2")
+    """torchrun turns every failure into 1; --run must not be read as an option of its own."""
+    process = launch(
+        project, "toy", "4", "--run", "x", KUMIKI_LAUNCHER="torchrun", KUMIKI_NPROC="2"
+    )
     code, err = finish(process)
     assert code == 4, err
     for rank in (0, 1):
