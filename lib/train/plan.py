@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lib.core import ranks
 from lib.core.errors import UserError
 from lib.core.settings import Runtime, Train
 from lib.models.base import Family, Optim
@@ -121,9 +122,10 @@ def _tokens(
 
 
 def describe(
-    plan: Plan, model: Family, runtime: Runtime, device: torch.device, world: int
+    plan: Plan, model: Family, runtime: Runtime, device: torch.device, seconds: float
 ) -> list[str]:
-    """The block printed before step 0."""
+    """The block printed before step 0; seconds: of the dry step, 0 where none was made."""
+    world = ranks.world_size()
     groups = ", ".join(
         f"{g.name} {sum(p.numel() for p in g.params.values()):,}"
         for g in model.param_groups(plan.optim)
@@ -136,6 +138,8 @@ def describe(
         f"FLOPs: {tokens * plan.flops_per_token:.3e}, {plan.flops_per_token:,} a token",
         f"device: {device.type} x {world}, {plan.optim.compute_dtype}, {micro} rows at once",
     ]
+    hours = seconds * plan.rows / micro / world * plan.steps / 3600
+    lines += [f"about {hours:.2f} hours at the rate of the dry step"] if hours else []
     return [*lines, *model.notes()]
 
 

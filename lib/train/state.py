@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.core import ranks
+from lib.core import files, ranks
 from lib.core.rng import seed_global
 from lib.models.base import Family
 from lib.nn.ema import Ema
@@ -76,6 +76,17 @@ class RunState:
         with self.averaged():
             found = {n: parallel.whole(t).cpu() for n, t in self.model.state_dict().items()}
             return {n: t.clone() for n, t in found.items()}
+
+    def total_bytes(self) -> int:
+        """Bytes of one checkpoint's tensors."""
+        groups = [self.model.state_dict(), self.optimizer.state_tensors()]
+        groups += [self.ema.state_tensors()] if self.ema else []
+        return sum(tensor.nbytes for group in groups for tensor in group.values())
+
+    def check_space(self) -> None:
+        """EnvError where the disk has no room for all that are kept at once."""
+        together = self.checkpoints.keep + 2  # the one being written, and the best
+        files.check_space(self.checkpoints.folder, together * self.total_bytes())
 
     def commit(self, observer: Observer) -> None:
         """Commit a checkpoint at this position; afterwards it is durable and has been re-read."""

@@ -28,6 +28,7 @@ from lib.train.precision import LossScaler, autocast
 from lib.train.state import Position, RunState, stack_of
 
 
+@safety.memory_errors()
 def train(job: Job) -> Outcome:
     """Train to the end of the plan; `Interrupted` after a commit when a stop was asked for.
 
@@ -90,18 +91,26 @@ def train(job: Job) -> Outcome:
         position.best = {"step": step, "bpb": bpb}
         return True
 
-    def dry_step() -> None:
-        """The first micro-batch, then forgotten: a lack of memory shows now, not hours later."""
+    def dry_step() -> float:
+        """One micro-batch, then forgotten: a lack of memory shows now, not hours later. Seconds."""
+        ids = torch.from_numpy(next(rows.prefetch(position.step, position.step + 1, rank, world)))
+        began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
-            backward(torch.from_numpy(ids[:micro_rows]).to(device), position.step)
+            loss = backward(ids[:micro_rows].to(device), position.step)
+            if loss is not None:
+                loss.item()  # waits for the device
+        return time.monotonic() - began
 
-    with closing(observer), safety.memory_errors():
-        for line in describe(plan, model, runtime, device, world) if position.step == 0 else ():
-            job.log(line)
+    with closing(observer):
         model.train()
-        if position.step < plan.steps and not model.describe():  # files of a family would change
-            dry_step()
+        if position.step < plan.steps:
+            state.check_space()
+            # A family with files of its own would change them.
+            seconds = 0.0 if model.describe() else dry_step()
+            if position.step == 0:
+                lines = describe(plan, model, runtime, device, seconds)
+                for line in [*lines, f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]:
+                    job.log(line)
         committed, committed_at = position.step, time.monotonic()
         observer.begin(position.step)
         batches = rows.prefetch(position.step, plan.steps, rank, world)

@@ -272,11 +272,12 @@ def test_equal_tensors_give_equal_bytes_in_every_process(tmp_path):
         "import sys, torch; from pathlib import Path; from lib.train.checkpoint import *;"
         "write_tensors(Path(sys.argv[1]), {n: torch.ones(3) for n in sys.argv[2:]})"
     )
-    found = set()
+    started = {}
     for number, names in enumerate((["a", "b", "c"], ["c", "b", "a"])):
         path = tmp_path / f"{number}.safetensors"
-        subprocess.run([sys.executable, "-c", script, path, *names], cwd=ROOT, check=True)
-        found.add(path.read_bytes())
+        started[path] = subprocess.Popen([sys.executable, "-c", script, path, *names], cwd=ROOT)
+    assert [process.wait() for process in started.values()] == [0, 0]
+    found = {path.read_bytes() for path in started}
     assert len(found) == 1
     header = found.pop()
     length = int.from_bytes(header[:8], "little")

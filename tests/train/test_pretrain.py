@@ -107,7 +107,8 @@ def test_outputs_removed_by_dvc_come_back_without_training(trained, tmp_path, mo
 
 def test_a10_signals_commit_and_the_same_command_ends_with_the_same_bytes(project, tmp_path):
     """First SIGTERM: 75 and a checkpoint; twice SIGINT to the group: at once; both lose no bit."""
-    longer = ["--set", "train.gpt.steps=80", "--set", "runtime.log_every=1"]
+    changes = ("train.gpt.steps=30", "train.gpt.eval_every=0", "runtime.log_every=1")
+    longer = [word for change in changes for word in ("--set", change)]
     twin = tmp_path / "twin"
     shutil.copytree(project, twin)
     process = interrupted(project, longer, [signal.SIGTERM])

@@ -209,6 +209,19 @@ def test_e02_out_of_memory_shows_in_the_dry_step_with_the_three_knobs(tmp_path):
     assert (tmp_path / "training_log.jsonl").read_bytes() == b""
 
 
+def test_b02_a_disk_too_small_for_the_checkpoints_stops_before_any_work(tmp_path, monkeypatch):
+    """Four at once: two kept, the best, the one being written."""
+    need = 4 * (3 * 315 + 5) * 4 + 4 * 315 * 4  # weights, two moments, steps; the average
+    monkeypatch.setattr("lib.core.files.free_bytes", lambda folder: need - 1)
+    with pytest.raises(EnvError, match="disk too small.* needed") as caught:
+        model = Greedy()  # whose first step fails, were it made
+        model.init_weights(0)
+        run(tmp_path, model=model)
+    assert caught.value.code == 4
+    monkeypatch.setattr("lib.core.files.free_bytes", lambda folder: 2 * need)
+    run(tmp_path)
+
+
 def test_a_bug_is_not_dressed_up_as_a_user_error(tmp_path):
     class Broken(Bigram):
         def losses(self, batch):
