@@ -213,7 +213,7 @@ def test_b02_a_disk_too_small_for_the_checkpoints_stops_before_any_work(tmp_path
     """Four at once: two kept, the best, the one being written."""
     need = 4 * (3 * 315 + 5) * 4 + 4 * 315 * 4  # weights, two moments, steps; the average
     monkeypatch.setattr("lib.core.files.free_bytes", lambda folder: need - 1)
-    with pytest.raises(EnvError, match="disk too small.* needed") as caught:
+    with pytest.raises(EnvError, match=r"disk too small.* needed") as caught:
         model = Greedy()  # whose first step fails, were it made
         model.init_weights(0)
         run(tmp_path, model=model)
