@@ -196,3 +196,44 @@ def test_inside_a_job_torchrun_is_used_where_processes_are_asked_for():
     words = sbatch_command(["m", "--a"], {"KUMIKI_NPROC": "8"}, 60)
     assert "KUMIKI_LAUNCHER=torchrun" in words[-1] and words[-1].endswith("lib.core.launch m --a")
     assert "KUMIKI_LAUNCHER=python" in sbatch_command(["m"], {}, 60)[-1]
+
+
+# ---------------------------------------------------------------- the stage frame on several ranks
+
+STAGE = """
+from pathlib import Path
+from lib.core import files, ranks
+from lib.core.stage import Stage, main
+
+STAGE = Stage(name="shared", about="A toy.", sections=("seed",), out="out/result",
+              beside={"curves": "curves"})
+
+def body(run):
+    Path(f"body_{ranks.rank()}").write_text(run.fingerprint)
+    if ranks.rank() == 0:
+        files.write_bytes(run.result, b"x")
+        files.write_bytes(run.files_beside("curves") / "a.csv", b"1")
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE, body, lambda run: {"seed": run.settings.seed}))
+"""
+
+
+def test_ranks_share_a_stage_and_none_waits_when_it_is_finished(project):
+    """Rank 0 alone locks and publishes; a finished run must not leave rank 1 at a rendezvous."""
+    (project / "shared.py").write_text(STAGE)
+    (project / "curves").mkdir()
+    (project / "curves/other.json").write_text("{}")
+    many = {"KUMIKI_LAUNCHER": "torchrun", "KUMIKI_NPROC": "2"}
+    code, err = finish(launch(project, "shared", **many))
+    assert code == 0, err
+    assert (project / "body_0").read_text() == (project / "body_1").read_text()
+    assert (project / "out/result").read_bytes() == b"x"
+    assert sorted(p.name for p in (project / "curves").iterdir()) == ["a.csv", "other.json"]
+    for rank in (0, 1):
+        (project / f"body_{rank}").unlink()
+    (project / "curves/a.csv").unlink()
+    code, err = finish(launch(project, "shared", **many))
+    assert (code, "published again" in err) == (0, True), err
+    assert not (project / "body_0").exists() and not (project / "body_1").exists()
+    assert (project / "curves/a.csv").read_bytes() == b"1"
