@@ -30,7 +30,6 @@ class Model(Family):
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
         self.table = nn.Embedding(vocab_size, config.width)
         self.head = nn.Linear(config.width, vocab_size)
 
@@ -48,7 +47,7 @@ def test_a_sixth_family_trains_with_one_file_one_section_and_one_line(tmp_path):
     assert len([x for x in BIGRAM.splitlines() if x]) <= 25
     text = (project / "params.yaml").read_text()
     text = text.replace("model:\n", "model:\n  bigram: {width: 8}\n")
-    line = "  bigram: {family: bigram, steps: 30, batch_tokens: 256, lr: 0.05, schedule: linear}\n"
+    line = "  bigram: {family: bigram, steps: 30, batch_tokens: 256, lr: 0.05, sample_every: 30}\n"
     (project / "params.yaml").write_text(text + "runs:\n" + line)
     process = command(project, "--run", "bigram", PYTHONPATH=str(project))
     out, err = process.communicate(timeout=120)
@@ -60,4 +59,4 @@ def test_a_sixth_family_trains_with_one_file_one_section_and_one_line(tmp_path):
     first, last = (float(losses[i].split(",")[3]) for i in (0, -1))
     assert abs(first - 5.704) < 0.1 and last < first - 0.5, (first, last)
     assert (project / "checkpoints/bigram/final/model.safetensors").is_file()
-    assert "Step     30 | Loss: " in out
+    assert "Step     30 | Loss: " in out and "\n  | " in out

@@ -87,6 +87,7 @@ class Family(nn.Module):
     inputs: Literal["tokens", "embeddings", "contexts"] = (
         "tokens"  # the artefact a batch is read from
     )
+    vocab_size: int = 0  # V; set by whoever builds the model
     compiled: tuple[str, ...] = ("forward",)  # methods that the trainer may wrap in torch.compile
     attention: str = "auto"  # engine, runtime.attention; set before `place`
     activation_checkpointing = False  # recompute blocks in backward; set by the trainer
@@ -231,6 +232,7 @@ def build(
     """
     with torch.device("meta"):
         model = family.Model(config, vocab_size)
+    model.vocab_size = vocab_size
     model.to_empty(device="cpu")
     if weights is not None:
         model.load_state_dict(weights)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lib.core import ranks
-from lib.core.artifact import plain
+from lib.core.artifact import Manifest, plain
 from lib.core.params import typed
 from lib.core.settings import Runtime
 from lib.core.stage import Run
@@ -55,6 +55,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
         config = typed(module.Config, plain(settings.model), "params.yaml")
         with torch.device("meta"):
             model = module.Model(config, data.store.vocab_size)
+        model.vocab_size = data.store.vocab_size
         model.attention = run.runtime.attention
         require_context(data.store.context, model)
         model.to_empty(device="cpu")
@@ -132,6 +133,7 @@ def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, An
         "run": run.name,
         "fingerprint": run.fingerprint,
         "seed": job.seed,
+        "boundary": Manifest.read(run.inputs["tokens"]).recipe["params"]["boundary"],
         "train": identity["train"],
         "steps": position.step,
         "skipped": position.skipped,
