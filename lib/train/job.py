@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.core.artifact import plain
 from lib.core.settings import Runtime, Train
 from lib.models.base import Family
 from lib.train.observe import Observer
@@ -69,6 +70,10 @@ class Job:
     stop: Asked
     log: Callable[[str], None]
     warn: Callable[[str], None]
+
+    def described(self) -> dict[str, Any]:
+        """What trackers show beside the curves."""
+        return {**self.identity, "seed": self.seed, "train": plain(self.settings)}
 
 
 @dataclass(frozen=True, kw_only=True)

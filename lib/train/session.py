@@ -36,7 +36,10 @@ def prepare(runtime: Runtime) -> torch.device:
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
         torch.use_deterministic_algorithms(True)
-    return pick_device(runtime.device)
+    device = pick_device(runtime.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what collective calls and generators look at
+    return device
 
 
 @contextlib.contextmanager

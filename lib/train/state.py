@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lib.core import files, ranks
+from lib.core.errors import InputError
 from lib.core.rng import seed_global
 from lib.models.base import Family
 from lib.nn.ema import Ema
@@ -124,6 +125,7 @@ class RunState:
         if self.ema:
             self.ema.load_state_tensors(parallel.cut_like(found.tensors("ema"), own["ema"]))
         self.scaler.load(note["scaler"])
+        self._check_attached(found)
         self._restore_random(found, seed)
         self.position = Position(**{key: note[key] for key in asdict(self.position)})
         then, now = note.get("code", {}), self.extra.get("code", {})
@@ -154,6 +156,17 @@ class RunState:
         told = torch.tensor([found.step if found else -1.0] if ranks.rank() == 0 else [0.0])
         step = int(parallel.sum_over_ranks(told.to(self.device)).item())
         return found if ranks.rank() == 0 or step < 0 else self.checkpoints.read(step)
+
+    def _check_attached(self, found: Checkpoint) -> None:
+        """What the family keeps on disk must be of this checkpoint, not of a later one."""
+        needs, holds = found.state["attached"], self.model.describe()
+        if needs != holds:
+            raise InputError(
+                "state on disk is not of this checkpoint",
+                file=found.path,
+                value=f"needs {needs}, holds {holds}",
+                remedy="its weights alone can go on (init_from); remove the folder to begin anew",
+            )
 
     def _restore_random(self, found: Checkpoint, seed: int) -> None:
         rank = ranks.rank()

@@ -56,7 +56,7 @@ def train(job: Job) -> Outcome:
     observer = Observer(
         job.work, runtime, run=job.run, steps=plan.steps, tokens_per_step=plan.batch_tokens,
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
-        peak_flops=parallel.peak_flops(device), config=job.identity, quiet=rank > 0,
+        peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
     rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world)
     micro_batches = plan.rows // micro_rows  # of one step over all ranks

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lib.core.errors import EnvError, InputError, Interrupted, UserError
+from lib.core.settings import Hub
 from lib.train import trainer
 from lib.train.checkpoint import read_tensors
 from lib.train.precision import LossScaler, compute_dtype
@@ -415,6 +416,39 @@ def test_a_family_may_ask_for_a_checkpoint_and_keeps_its_own_files(tmp_path):
     assert events == ["attach"] + ["flush"] * 3
     state = json.loads((tmp_path / "step_3/state.json").read_text())
     assert state["attached"] == {"generation": 4}
+
+
+def test_state_on_disk_of_another_generation_is_refused(tmp_path):
+    """A buffer that is newer than the checkpoint would be silently wrong weights."""
+
+    class Buffered(Bigram):
+        generation = 3
+
+        def describe(self):
+            return {"generation": self.generation}
+
+    model = Buffered()
+    model.init_weights(0)
+    with pytest.raises(Interrupted):
+        run(tmp_path, model=model, stop=Stop(at=2))
+    model.generation = 4
+    with pytest.raises(InputError, match=r"needs {'generation': 3}, holds {'generation': 4}"):
+        run(tmp_path, model=model)
+    model.generation = 3
+    run(tmp_path, model=model)
+
+
+def test_the_hub_gets_the_averaged_weights_at_its_interval(tmp_path):
+    pushed = {}
+    runtime = replace(RUNTIME, hub=Hub(repo="me/tiny", every_steps=3))
+    outcome = run(
+        tmp_path, runtime=runtime, push=lambda step, weights: pushed.update({step: weights})
+    )
+    assert sorted(pushed) == [3, 6, 9]
+    assert pushed[9].keys() == outcome.weights.keys()
+    assert all(torch.equal(pushed[9][n], t) for n, t in outcome.weights.items())
+    raw = read_tensors(tmp_path / "step_9/model.safetensors")
+    assert not torch.equal(raw["head.weight"], pushed[9]["head.weight"])
 
 
 def test_ranks_and_rows_that_do_not_fit_are_refused(tmp_path):
