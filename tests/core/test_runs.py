@@ -155,10 +155,12 @@ def test_the_head_leaves_no_stump_among_the_cached_bytecode(tmp_path):
     family = heads.family_names()[0]
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment = {**kept, "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    head = f"from lib.core.heads import config_class; config_class({family!r})"
-    whole = f"import sys; from lib.models.{family} import Model; {head}; "
-    whole += f"assert not hasattr(sys.modules['lib.core.heads.{family}'], 'Model')"
-    for script in (head, whole):
+    head = f"import sys; from lib.core.heads import config_class; config_class({family!r});"
+    head += f"assert not hasattr(sys.modules['lib.core.heads.{family}'], 'Model')"
+    cache = f"import py_compile; py_compile.compile('lib/models/{family}.py', doraise=True)"
+    for script in (head, cache, head):
+        if script == cache:
+            assert not list(tmp_path.rglob(f"{family}.*.pyc")), "the stump is in the cache"
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
 
 

@@ -21,7 +21,7 @@ from tests.train.test_trainer import CLOCKED
 from tests.train.tiny import BASE, RUNTIME, VOCAB, make_job, make_model, train
 
 pytestmark = pytest.mark.faults
-EVERY = int(os.environ.get("KUMIKI_FAULTS_EVERY", "19"))  # 1 in `make faults`: every point
+EVERY = int(os.environ.get("KUMIKI_FAULTS_EVERY", "29"))  # 1 in `make faults`: every point
 SETTINGS = replace(BASE, steps=5, eval_every=2)
 RUNTIME_HERE = replace(RUNTIME, checkpoint_every_steps=2)
 
