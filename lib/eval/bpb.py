@@ -1,9 +1,9 @@
 """Bits per byte: what every validation document costs under a model, over the bytes of its text.
 
 In:    documents (id, text) in order, their tokenizer, a scorer over a model.
-Out:   nats, bytes and ids per document; BPB = sum of nats / (ln 2 x total bytes), evaluation.md 2.
-Law:   the bytes of the scored targets are those of the text, checked for each document. Ranks, kills
-       and resumes change nothing: finished blocks are kept, sums over documents are exact.
+Out:   nats, bytes, ids per document; BPB = sum of nats / (ln 2 x total bytes), evaluation.md 2.
+Law:   the bytes of the scored targets are those of the text, checked for each document. Ranks,
+       kills, resumes change nothing: finished blocks are kept, sums over documents are exact.
 Letters: W ranks.
 """
 

@@ -1,4 +1,4 @@
-"""Nats of token sequences under a model: windows, batches, cross-entropy (evaluation.md 2.2 to 2.7).
+"""Nats of token sequences under a model: windows, batches, cross-entropy.
 
 In:    ids of documents, a model of the family contract.   Out: nats and scored bytes per document.
 Law:   every target is scored once. Batches, padding and window order change nothing beyond what the
