@@ -85,7 +85,7 @@ class Rules:
         """Rules for a tokenizer and the boundary of its training rows; stride None = T // 2."""
         return cls(
             context=context,
-            stride=stride or max(1, context // 2),
+            stride=max(1, context // 2) if stride is None else stride,
             boundary_id=boundary_id(tokenizer, boundary),
             vocab_size=tokenizer.vocab_size,
         )
