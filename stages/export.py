@@ -49,7 +49,7 @@ def body(run: Run) -> None:
     )
     with files.atomic_folder(run.result) as part:
         form = hf.export(what, part, run.settings.export.form)
-        recipe = {"stage": "export", "inputs": {"model": Manifest.read(folder / files.MANIFEST).key}}
+        recipe = {"stage": "export", "inputs": {"model": stage.input_hash(folder)}}
         entries = artifact.describe(part)
         Manifest(kind="export", recipe=recipe, files=entries).write(part / files.MANIFEST)
     run.log(f"{form}; {len(entries)} files, {sum(e.bytes for e in entries):,} bytes")

@@ -63,7 +63,7 @@ class KumikiForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids (B, T) -> logits (B, T, V); labels (B, T), -100 ignored, give the mean loss."""
         if attention_mask is not None and bool((attention_mask.diff(dim=1) > 0).any()):
             raise ValueError("pad on the right: this model has no mask for padding on the left")
-        logits, _ = self.model(input_ids)
+        logits, _ = self.model.forward(input_ids)
         loss = None
         if labels is not None:
             flat = logits[:, :-1].float().flatten(0, 1)

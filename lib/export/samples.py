@@ -1,6 +1,6 @@
-"""Texts that show what a model has become: seven prompts, greedy, and eight free ones (samples.json).
+"""Texts that show what a model has become: seven prompts, greedy, and eight free ones.
 
-In:    a model and its tokenizer.   Out: prompt, ids, text and stop reason of each, the same every time.
+In:    a model and its tokenizer.   Out: prompt, ids, text and stop reason of each.
 Note:  prompts are in the language of the validation text; a model trained without a boundary id has
        nothing to begin a free text with and gets none.
 """
