@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 from lib.data.encode import encode, plan_encoding
 from lib.train.final import write_final
@@ -18,11 +17,11 @@ from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.settings import BpeTokenizer, Encoding
 from lib.core.stage import input_hash
-from lib.data import documents as texts_on_disk
 from lib.data import tokenizer as tokenizers
 from lib.models import gpt
 from lib.models.base import build
 from tests.conftest import ROOT
+from tests.data import encoding_double as double
 from tests.data.texts import english
 
 PARAMS = """
@@ -52,15 +51,14 @@ def make_project(folder: Path, *, texts: int = 60, validation: Sequence[str] | N
     train = english(texts, 1)
     val = english(8, 2) if validation is None else list(validation)
     recipe = folder / "data/documents/en"
-    for split, held in (("train", train), ("val", val)):
-        ids = [f"{split}-{number}" for number in range(len(held))]
-        with texts_on_disk.part_file(recipe / f"{split}_own_00000.parquet") as part:
-            part.add(pa.array(held, pa.string()), pa.array(ids, pa.string()))
-    write_manifest(recipe, texts_on_disk.KIND)
+    parts = {"train_own_00000": train, "val_own_00000": val}
+    double.write_documents(recipe, parts, sources={"own": 1.0})
     place = folder / "data/tokenizers/bpe"
     settings = BpeTokenizer(kind="bpe", documents="en", vocab_size=300)
     tokenizers.build(settings, train, lambda: val, place)
-    write_manifest(place, "tokenizer")
+    made = {"stage": "train_tokenizer", "texts": texts}
+    found = Manifest(kind="tokenizer", recipe=made, files=artifact.describe(place))
+    found.write(place / files.MANIFEST)
     plan = plan_encoding(
         Encoding(documents="en", tokenizer="bpe", context=32),
         recipe,
@@ -74,13 +72,6 @@ def make_project(folder: Path, *, texts: int = 60, validation: Sequence[str] | N
     files.write_bytes(folder / "params.yaml", PARAMS.encode())
     files.write_bytes(folder / "dvc.yaml", b"stages: {}\n")
     return folder
-
-
-def write_manifest(folder: Path, kind: str) -> None:
-    entries = artifact.describe(folder)
-    sources = {"own": {"weight": 1.0}}
-    recipe = {"stage": kind, "params": {"sources": sources}, "inputs": {}}
-    Manifest(kind=kind, recipe=recipe, files=entries).write(folder / files.MANIFEST)
 
 
 def add_model(project: Path, run: str = "gpt", seed: int = 3) -> Path:
