@@ -29,12 +29,15 @@ STAGE = Stage(
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """The model, the tokens it was trained on (which name their documents), the settings."""
+    """The model, the tokens it was trained on, the documents behind them, the settings."""
+    from lib.eval.inputs import find_documents
+
+    tokens = Manifest.read(run.inputs["tokens"], kind="tokens")
     return {
         "eval": artifact.plain(run.settings.eval),
         "model": stage.input_hash(run.inputs["model"]),
         "tokens": stage.input_hash(run.inputs["tokens"]),
-        "documents": Manifest.read(run.inputs["tokens"]).recipe["inputs"]["documents"],
+        "documents": stage.input_hash(find_documents(run.inputs["documents"], tokens)),
     }
 
 
