@@ -1,7 +1,7 @@
 """What is measured, on what: a finished model, its tokenizer and tokens, the documents behind them.
 
-Rule:  the text is the one that the training tokens were encoded from, the tokenizer the model's own;
-       both are compared by hash. Needs no torch, so a stage may ask before it begins.
+Rule:  the text is the one that the training tokens were encoded from, the tokenizer the model's
+       own; both are compared by hash. Needs no torch, so a stage may ask before it begins.
 """
 
 from __future__ import annotations

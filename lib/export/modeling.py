@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -49,7 +48,7 @@ class KumikiForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = family.Model(family.Config(**config.family_config), config.vocab_size)
         self.post_init()
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if module is self.model:  # buffers are no part of the weights file
             module.init_buffers()
 
