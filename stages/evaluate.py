@@ -49,9 +49,9 @@ def body(run: Run) -> None:
 
 
 def modules(run: Run) -> list[str]:
-    """The family's file, which is loaded by name."""
+    """The family's file, which is loaded by name, and what makes the samples."""
     family = files.read_json(run.inputs["model"] / "config.json")["family"]
-    return [f"lib.models.{family}"]
+    return [f"lib.models.{family}", "lib.export.samples", "lib.export.generate"]
 
 
 if __name__ == "__main__":

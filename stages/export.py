@@ -56,9 +56,9 @@ def body(run: Run) -> None:
 
 
 def modules(run: Run) -> list[str]:
-    """What ends up in the folder as source, by name."""
+    """What is loaded by name or ends up in the folder as source."""
     family = files.read_json(run.inputs["model"] / "config.json")["family"]
-    return [f"lib.models.{family}"]
+    return [f"lib.models.{family}", "lib.export.hf", "lib.export.modeling"]
 
 
 if __name__ == "__main__":
