@@ -213,7 +213,7 @@ def test_batch_budget_changes_nothing(budget):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_the_documents_and_get_the_same_number(world, monkeypatch):
-    monkeypatch.setattr(bpb, "BLOCK_BYTES", 60)  # several blocks
+    monkeypatch.setattr(bpb, "BLOCK_BYTES", 12)  # blocks of many sizes
     alone = measured(Causal(258))
     barrier, slots, results = threading.Barrier(world), [None] * world, [None] * world
 
