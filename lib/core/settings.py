@@ -425,7 +425,7 @@ class Runtime:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 2  # fixed: summation order must not follow the machine's core count
     workers: int = 2  # processes of the data stages
-    eval_tokens: int = 16_384  # padded tokens that evaluation runs at once
+    eval_tokens: int | None = None  # padded tokens that evaluation runs at once, null: by device
     download_workers: int = 4
     executor: Literal["local", "ray"] = "local"
     verify: Literal["stamp", "full"] = "stamp"  # full: hash every input at every start
@@ -438,7 +438,12 @@ class Runtime:
         refuse(
             (self.threads < 1, "threads", self.threads, "use 1 or more"),
             (self.workers < 1, "workers", self.workers, "use 1 or more"),
-            (self.eval_tokens < 1, "eval_tokens", self.eval_tokens, "use 1 or more"),
+            (
+                self.eval_tokens is not None and self.eval_tokens < 1,
+                "eval_tokens",
+                self.eval_tokens,
+                "use 1 or more, or null",
+            ),
             (self.download_workers < 1, "download_workers", self.download_workers, "use 1 or more"),
         )
 

@@ -21,7 +21,7 @@ import torch
 
 from lib.core import files
 from lib.core.errors import InputError
-from lib.eval.scorer import EVAL_TOKENS, Model, Rules, Scorer, Tokenizer, bits_per_byte
+from lib.eval.scorer import Model, Rules, Scorer, Tokenizer, bits_per_byte
 
 BLOCK_BYTES = 2**21  # text of one unit of work: what a kill costs at most
 LEAST_BYTES = 1000  # below, a number would mean nothing
@@ -252,7 +252,7 @@ def validate(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    budget_tokens: int = EVAL_TOKENS,
+    budget_tokens: int | None = None,
     ranks: Ranks | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Measured:

@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from lib.core.errors import EnvError, InputError, UserError
 
 LOGIT_BYTES = 2**30  # fp32 logits that exist at once
-EVAL_TOKENS = 16_384  # padded tokens of a batch where nobody says otherwise
+# Padded tokens of a batch where nobody says otherwise. On a CPU logits should stay in its caches:
+# at V 2,048 and T 256 a budget of 1,024 takes 0.6 of the time of 16,384 and 0.4 of that of 65,536.
+CPU_TOKENS, DEVICE_TOKENS = 1024, 65_536
 
 
 class Tokenizer(Protocol):
@@ -159,7 +161,7 @@ class Scorer:
     token_bytes: np.ndarray  # int (V,)
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32  # of the matmuls, by autocast
-    budget_tokens: int = EVAL_TOKENS  # rows x longest of a batch; changes no result
+    budget_tokens: int | None = None  # rows x longest of a batch; changes no result
     warn: Callable[[str], None] = field(default=lambda text: None)
 
     def __call__(
@@ -200,10 +202,12 @@ class Scorer:
         self, windows: list[Window], documents: Sequence[np.ndarray]
     ) -> Iterator[tuple[list[Window], np.ndarray, np.ndarray]]:
         """(windows, losses (B, n), targets (B, n)) for all windows, which come longest first."""
+        on_cpu = torch.device(self.device).type == "cpu"
+        budget = self.budget_tokens or (CPU_TOKENS if on_cpu else DEVICE_TOKENS)
         done = 0
         while done < len(windows):
             longest = len(windows[done])
-            most = min(self.budget_tokens, LOGIT_BYTES // (4 * self.rules.vocab_size))
+            most = min(budget, LOGIT_BYTES // (4 * self.rules.vocab_size))
             batch = windows[done : done + max(1, most // longest)]
             tokens, targets = self._fill(batch, longest, documents)
             losses = self._losses(tokens, targets)
@@ -214,8 +218,8 @@ class Scorer:
                         value=f"one row of {longest} tokens",
                         remedy="use a device with more memory, or a smaller context",
                     )
-                self.budget_tokens = len(batch) // 2 * longest
-                self.warn(f"out of memory, going on with {self.budget_tokens} tokens a batch")
+                self.budget_tokens = budget = len(batch) // 2 * longest
+                self.warn(f"out of memory, going on with {budget} tokens a batch")
                 continue
             yield batch, losses, targets.numpy()
             done += len(batch)
