@@ -10,16 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lib.data.encode import encode, plan_encoding
-from lib.train.final import write_final
 
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.settings import BpeTokenizer, Encoding
 from lib.core.stage import input_hash
 from lib.data import tokenizer as tokenizers
+from lib.data.encode import encode, plan_encoding
 from lib.models import gpt
 from lib.models.base import build
+from lib.train.final import write_final
 from tests.conftest import ROOT
 from tests.data import encoding_double as double
 from tests.data.texts import english

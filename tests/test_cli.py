@@ -235,10 +235,10 @@ def test_the_newest_whole_model_is_taken_without_a_name(project, tmp_path, monke
 
 def test_a_checkpoint_gives_averaged_or_raw_weights(project, tmp_path, monkeypatch, kumiki):
     import torch
-    from lib.train.checkpoint import Checkpoints
 
     from lib.models import gpt
     from lib.models.base import build
+    from lib.train.checkpoint import Checkpoints
     from tests.project import CONFIG
 
     shutil.copytree(project, tmp_path / "p")

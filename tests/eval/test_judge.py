@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lib.data.documents import read_documents, val_sha256
 
+from lib.data.documents import read_documents, val_sha256
 from lib.data.tokenizer import load_tokenizer
 from lib.eval import judge
 from lib.export.samples import PROMPTS, language_of
