@@ -528,6 +528,7 @@ class Runtime:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 2  # fixed: summation order must not follow the machine's core count
     workers: int = 2  # processes of the data stages
+    eval_tokens: int | None = None  # padded tokens that evaluation runs at once, null: by device
     download_workers: int = 4
     executor: Literal["local", "ray"] = "local"
     verify: Literal["stamp", "full"] = "stamp"  # full: hash every input at every start
@@ -575,8 +576,45 @@ class Runtime:
             ),
             (self.threads < 1, "threads", self.threads, "use 1 or more"),
             (self.workers < 1, "workers", self.workers, "use 1 or more"),
+            (
+                self.eval_tokens is not None and self.eval_tokens < 1,
+                "eval_tokens",
+                self.eval_tokens,
+                "use 1 or more, or null",
+            ),
             (self.download_workers < 1, "download_workers", self.download_workers, "use 1 or more"),
         )
+
+
+# ---------------------------------------------------------------- eval, export
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsPerByte:
+    """How a long document is cut into windows (evaluation.md 2.3)."""
+
+    stride: int | None = None  # targets from one window to the next; null: half the context
+
+    def __post_init__(self) -> None:
+        bad = self.stride is not None and self.stride < 1
+        refuse((bad, "stride", self.stride, "use 1 or more, or null"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Section `eval`: how finished models are measured, the same way for all families."""
+
+    bpb: BitsPerByte = field(default_factory=BitsPerByte)
+    samples: bool = True  # texts of the model beside its numbers
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; auto: fp32 on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Section `export`: the layout of exported models."""
+
+    # auto: transformers' own class where it has the architecture, else auto_map, our code
+    form: Literal["auto", "native", "auto_map"] = "auto"
 
 
 # ---------------------------------------------------------------- the whole file
@@ -597,6 +635,8 @@ class Settings:
     families: Mapping[str, Train] = field(default_factory=dict)  # what is evaluated and exported
     model: Mapping[str, Any] = field(default_factory=dict)  # family -> its Config
     runtime: Runtime = field(default_factory=Runtime)
+    eval: Eval = field(default_factory=Eval)
+    export: Export = field(default_factory=Export)
 
     def __post_init__(self) -> None:
         sources, recipes = self.download_shards.sources, self.extract_texts.recipes

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.core.errors import UserError
 from lib.core.settings import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models.base import Batch, Defaults, Family, Group, Optim
 from lib.nn.attention import causal_attention, choose_engine
 from lib.nn.linear import Linear, Table, require_fp8
-from lib.nn.norm import rms_norm
+from lib.nn.norm import EPS, rms_norm
 from lib.nn.rope import Tables, rope_tables, rotate
 
 GATE_INPUTS = 12  # channels of the normed input that a value gate reads
@@ -517,6 +518,48 @@ class Model(Family):
         """Bytes that one position adds to the state of a row (windowed layers stop growing)."""
         d, H, K = self.config.shape
         return 2 * self.config.depth * K * d // H * element_bytes
+
+    # ------------------------------------------------------------ export
+
+    def hf_native(self) -> tuple[dict[str, Any], dict[str, tuple[str, Tensor]]]:
+        """transformers' nanochat class: its config, and its tensor name -> (ours, values).
+
+        UserError names the first switch that it has not. Rows of the tables are cropped to V.
+        """
+        base, free = VARIANTS["base"], {"init", "optim", "vocab_pad"}  # no part of the forward
+        for name in (f.name for f in fields(Switches) if f.name not in free):
+            if (value := getattr(self.switches, name)) != getattr(base, name):
+                raise UserError(f"transformers' nanochat class has no {name}", value=value)
+        (d, H, K), V = self.config.shape, self.vocab_size
+        config = {
+            "architectures": ["NanoChatForCausalLM"],
+            "model_type": "nanochat",
+            "hidden_size": d,
+            "num_hidden_layers": self.config.depth,
+            "num_attention_heads": H,
+            "num_key_value_heads": K,
+            "intermediate_size": self.config.mlp_ratio * d,
+            "hidden_act": "relu2",
+            "max_position_embeddings": self.config.context,
+            "rms_norm_eps": EPS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": base.rope_theta},
+            "final_logit_softcapping": base.softcap,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+        }
+        theirs = {"wte.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+        for i in range(self.config.depth):
+            ours, layer = f"blocks.{i}", f"model.layers.{i}"
+            for part in "qkvo":
+                theirs[f"{ours}.attn.{part}.weight"] = f"{layer}.self_attn.{part}_proj.weight"
+            theirs[f"{ours}.up.weight"] = f"{layer}.mlp.fc1.weight"
+            theirs[f"{ours}.down.weight"] = f"{layer}.mlp.fc2.weight"
+        state = self.state_dict()
+        state["wte.weight"], state["head.weight"] = (
+            state["wte.weight"][:V],
+            state["head.weight"][:V],
+        )
+        return config, {theirs[name]: (name, state[name]) for name in state}
 
 
 def _group_of(name: str) -> str:

@@ -1,0 +1,1 @@
+"""Models as users meet them: generation, Hugging Face folders, the `kumiki` command."""

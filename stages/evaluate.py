@@ -1,0 +1,58 @@
+"""evaluate --run <run>: a finished model x the validation documents -> its numbers and samples.
+
+In:  checkpoints/<run>/final, the documents and token files behind its training.
+Out: metrics/<run>/eval.json; beside it eval_record.json and samples.json.
+Note: a killed run continues at the block of documents it was scoring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lib.core import artifact, files, stage
+from lib.core.artifact import Manifest
+from lib.core.stage import Run, Stage
+
+STAGE = Stage(
+    name="evaluate",
+    about="Measure one trained model: bits per byte, what to compare it with, samples.",
+    sections=("eval",),
+    inputs={
+        "model": "checkpoints/{name}/final",
+        "documents": "data/documents",
+        "tokens": "data/tokens/bpe.manifest.json",
+    },
+    out="metrics/{name}/eval.json",
+    beside={"records": "metrics/{name}"},
+    item="run",
+)
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """The model, the tokens it was trained on, the documents behind them, the settings."""
+    from lib.eval.inputs import find_documents
+
+    tokens = Manifest.read(run.inputs["tokens"], kind="tokens")
+    return {
+        "eval": artifact.plain(run.settings.eval),
+        "model": stage.input_hash(run.inputs["model"]),
+        "tokens": stage.input_hash(run.inputs["tokens"]),
+        "documents": stage.input_hash(find_documents(run.inputs["documents"], tokens)),
+    }
+
+
+def body(run: Run) -> None:
+    """Score the text, compare, sample."""
+    from lib.eval.judge import evaluate
+
+    evaluate(run)
+
+
+def modules(run: Run) -> list[str]:
+    """The family's file, which is loaded by name, and what makes the samples."""
+    family = files.read_json(run.inputs["model"] / "config.json")["family"]
+    return [f"lib.models.{family}", "lib.export.samples", "lib.export.generate"]
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage.main(STAGE, body, identity, modules=modules))
