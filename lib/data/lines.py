@@ -81,8 +81,7 @@ def _inflated(stream: IO[bytes], path: Path) -> Iterator[bytes]:
             if block:
                 yield block
             data = member.unused_data if member.eof else member.unconsumed_tail
-            # A full block may leave output inside the decompressor although its input is used up.
-            if not data and not member.eof and len(block) < BLOCK:
+            if not data and not member.eof:
                 data = stream.read(_READ)
                 if not data:
                     raise damaged(path, "ends inside a gzip member")

@@ -101,6 +101,7 @@ def test_long_texts_split_where_a_reader_would(text, pieces):
     assert split_text(text, 10) == pieces
 
 
+@settings(deadline=None)
 @given(text=TEXTS, limit=st.integers(1, 12))
 def test_pieces_concatenate_to_the_text(text, limit):
     pieces = split_text(text, limit)
@@ -108,7 +109,7 @@ def test_pieces_concatenate_to_the_text(text, limit):
     assert all(0 < len(p) <= limit for p in pieces) or pieces == [""]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(text=TEXTS, rules=RULES)
 def test_byte_law_holds_for_any_text(text, rules):
     counts = CleanCounts()
@@ -122,7 +123,7 @@ def test_byte_law_holds_for_any_text(text, rules):
         assert unicodedata.is_normalized(rules.form, whole)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=6), rules=RULES)
 def test_batches_equal_the_rules_text_by_text(texts, rules):
     """The search for texts that need work must overlook none."""
@@ -185,7 +186,7 @@ CLOSE = st.one_of(
 SPACED = st.text("\u3000\u2028 \na", max_size=10)
 
 
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 @given(text=CLOSE | SPACED | TEXTS, rules=RULES, size=st.integers(1, 4))
 def test_chunks_equal_the_whole(text, rules, size):
     """CR LF, marks and whole runs of white space may fall on a border of chunks."""

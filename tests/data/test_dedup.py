@@ -72,7 +72,7 @@ MIXED = st.sampled_from(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(text=st.text(MIXED | st.characters(exclude_categories=["Cs"]), max_size=12))
 def test_prekey_depends_on_the_normal_text_only(text):
     variants = [text, dedup.normal_text(text), text.upper(), unicodedata.normalize("NFD", text)]
@@ -83,6 +83,7 @@ def test_prekey_depends_on_the_normal_text_only(text):
             assert key == keys[0], ascii(variant)
 
 
+@settings(deadline=None)
 @given(texts=st.lists(st.text(MIXED, max_size=6), max_size=8))
 def test_prekeys_of_a_batch_equal_those_of_each_text(texts):
     assert dedup.prekeys(texts).tolist() == [int(dedup.prekeys([t])[0]) for t in texts]
@@ -93,7 +94,7 @@ def test_prekeys_tell_different_texts_apart():
     assert len(set(dedup.prekeys(texts).tolist())) == len(set(texts))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(texts=st.lists(st.sampled_from(["ab", "ba", "AB ", "ａｂ", "c", "C\n", "\U0001f600", "d"])))
 def test_exact_pairs_equal_those_of_full_keys_alone(texts):
     """`ab` and `ba` share a prekey: only the full key may decide."""

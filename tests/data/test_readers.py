@@ -108,6 +108,7 @@ HOSTILE: dict[str, tuple[bytes, str | None, str | None]] = {
     "nested_twice": (b'{"x": {"text": 1}, "text": "a"}', None, "a"),
     "value_named_text": (b'{"x": "text", "text": "a"}', None, "a"),
     "invalid_byte": (b'{"text": "a\xffb"}', "invalid_utf8", None),
+    "malformed_then_invalid": (b"{oops}" + b" " * 200 + b"\xff", "invalid_utf8", None),
     "torn_character": (b'{"text": "a", "x": \xe3\x81', "invalid_utf8", None),
     "encoded_surrogate": (b'{"text": "\xed\xa0\x80"}', "invalid_utf8", None),
     "overlong": (b'{"text": "\xc0\xaf"}', "invalid_utf8", None),
