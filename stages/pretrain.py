@@ -17,7 +17,7 @@ from lib.core.stage import Run, Stage
 STAGE = Stage(
     name="pretrain",
     about="Train one run of a model family; an interrupted run continues where it stopped.",
-    sections=("seed", "train.defaults", "train.{name}", "model"),
+    sections=("seed", "train.defaults", "train.{name}", "model.{family}"),
     inputs={"tokens": "data/tokens/bpe.manifest.json", "tokenizer": "data/tokenizers/bpe"},
     out="checkpoints/{name}/final",
     beside={"curves": "metrics/{name}"},

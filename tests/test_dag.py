@@ -41,14 +41,25 @@ def test_an_undeclared_import_and_an_idle_declaration_are_both_found(tmp_path):
     assert len(lines) == 2 and "files.py is imported" in lines[0] and "nothing.py" in lines[1]
 
 
+def wanted_parameters(name: str) -> set[str]:
+    """What dvc.yaml should track for a stage: its sections, and the profile's overlay of each.
+
+    `runs` and the model of an added run have no overlay: a profile cannot add items to a foreach.
+    """
+    body, stage = STAGES[name], declared(name)
+    words = body["cmd"].split()
+    item = words[words.index(f"--{stage.item}") + 1] if stage.item else ""
+    if name != "train":
+        sections = {s.replace("{name}", item).replace("{family}", item) for s in stage.sections}
+        return sections | {f"profiles.${{profile}}.{s}" for s in sections - {"seed"}}
+    added = {"train.{name}": "runs.${key}", "model.{family}": "model.${item.family}"}
+    return {added.get(s, s) for s in stage.sections} | {"profiles.${profile}.train.defaults"}
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_parameters_are_those_that_the_stage_declares(name):
     """A section read but not tracked would leave a stale output; one tracked but unread reruns."""
-    item = {"name": "${key}", "run": "${key}", None: ""}[declared(name).item]
-    sections = {s.replace("{name}", item) for s in declared(name).sections}
-    tracked = set(STAGES[name].get("params", []))
-    overlays = {f"profiles.${{profile}}.{s}" for s in sections - {"seed"}}
-    assert tracked == sections | overlays
+    assert set(STAGES[name].get("params", [])) == wanted_parameters(name)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -56,9 +67,11 @@ def test_paths_of_the_command_are_dependencies_and_outputs(name):
     body, stage = STAGES[name], declared(name)
     words = body["cmd"].split()
     options = {w[2:]: v for w, v in itertools.pairwise(words) if w.startswith("--")}
-    out = options.pop("out")
-    plain_outs = [o if isinstance(o, str) else next(iter(o)) for o in body["outs"]]
-    assert out in plain_outs
+    made = [*body["outs"], *body.get("metrics", []), *body.get("plots", [])]
+    outs = {o if isinstance(o, str) else next(iter(o)) for o in made}
+    places = {options[name] for name in ("out", *stage.beside)}
+    assert options["out"] in outs
+    assert all(out in places or str(Path(out).parent) in places for out in outs)
     given = {k: v for k, v in options.items() if k in stage.inputs}
     data = {d for d in body["deps"] if not d.endswith(".py")} - {"data/local", "data/samples"}
     assert set(given.values()) == data, "the command's inputs and the data dependencies differ"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -109,8 +110,7 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 def module_of(cmd: str) -> str:
     """The stage module that a `cmd` runs; launchers stand before it."""
-    words = cmd.split()
-    return next(word for word in words if word.startswith("stages."))
+    return next(word for word in cmd.split() if word.startswith("stages."))
 
 
 def stages_of(root: Path) -> dict[str, dict[str, Any]]:
@@ -124,18 +124,43 @@ def stages_of(root: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def entries_of(body: dict[str, Any], root: Path) -> list[Path]:
-    """Files from which a stage's closure starts: its module, and the launcher when there is one."""
-    modules = [word for word in body["cmd"].split() if word.startswith(("stages.", "lib."))]
-    found: list[Path] = []
-    for module in modules:
-        found.extend(_candidates(module, root))
-    return found
+def loaded_by_name(module: str, root: Path) -> Iterator[Path]:
+    """Files of ours that a stage names in text (its `modules`), which no import statement shows."""
+    for node in ast.walk(_source(root / (module.replace(".", "/") + ".py"))):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and re.fullmatch(r"lib(\.\w+)+", text):
+            yield from _candidates(text, root)
+
+
+def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]:
+    """(family files that a stage runs, names of those that dvc.yaml writes as a template).
+
+    `--run gpt` is one family. Of a `foreach` over families the closure is the union, only the
+    family file itself is templated (pipeline.md 2.5); `runs` cannot know its files beforehand.
+    """
+    words = body["cmd"].split()
+    run = words[words.index("--run") + 1] if "--run" in words else None
+    models = sorted((root / "lib/models").glob("[a-z]*.py"))
+    every = [path for path in models if path.stem != "base"]
+    if run is None:
+        return [], set()
+    if "foreach" not in body:
+        return [path for path in every if path.stem == run], set()
+    templated = {path.relative_to(root).as_posix() for path in every}
+    if "runs" in body["foreach"]:
+        return [root / "lib/models/base.py"], templated
+    return every, templated
 
 
 def wanted_code(body: dict[str, Any], root: Path) -> list[str]:
     """The `.py` dependencies that a stage should declare."""
-    return closure(entries_of(body, root), root)
+    entries = []
+    for module in body["cmd"].split():
+        if module.startswith(("stages.", "lib.")):
+            entries += _candidates(module, root)
+    entries += loaded_by_name(module_of(body["cmd"]), root)
+    families, templated = families_of(body, root)
+    return [name for name in closure(entries + families, root) if name not in templated]
 
 
 def differences(root: Path) -> list[str]:
@@ -166,7 +191,8 @@ def write(root: Path) -> bool:
     for raw in tree["stages"].values():
         body = raw.get("do", raw)
         data = [d for d in body.get("deps", []) if not d.endswith(".py") or "$" in d]
-        body["deps"] = data + wanted_code(body, root)
+        foreach = {"foreach": raw["foreach"]} if "foreach" in raw else {}
+        body["deps"] = data + wanted_code({**body, **foreach}, root)
     out = StringIO()
     round_trip.dump(tree, out)
     if out.getvalue() != before:
