@@ -18,13 +18,24 @@ FIRST_SCALE, GROWTH_STEPS, MIN_SCALE = 2.0**16, 2000, 1.0
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matmuls: `auto` is bf16 on a GPU that has it, fp16 on others, else fp32."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
+    """The dtype of matmuls. `auto`: bf16 where the hardware multiplies it, else fp16 or fp32.
+
+    fp16 on a GPU, fp32 on a CPU: one that emulates bf16 would be slower. Measured on a CPU with
+    AVX-512 BF16: a step of the small GPT in a third of fp32's time or less.
+    """
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cpu" and cpu_multiplies_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 instructions (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
