@@ -6,7 +6,7 @@ Law:   the dropped set is the one that full keys alone, and exact Jaccard alone,
        full keys imply equal prekeys, and bands only propose. No worker count enters.
 Note:  the full key needs NFKC, 80 ns a character on Japanese text, forty times a prekey. So it is
        made only for documents whose prekeys collide.
-Memory: a partition of 2^23 prekeys at a time; 112 bytes a document for bands.
+Memory: a partition of 2^22 prekeys at a time; 112 bytes a document for bands.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import numpy as np
 from lib.core import rng
 from lib.core.errors import UserError
 
-PARTITION = 1 << 23  # prekeys sorted at once
+PARTITION = 1 << 22  # prekeys sorted at once
+SHORT = 64  # weighed characters; a shorter text is keyed by its full key
 KEY_BYTES = 16
 PERMUTATIONS, BANDS = 112, 14  # knee of the S-curve at (1/14)^(1/8) = 0.72
 BAND_BYTES = 8 * BANDS  # per document
@@ -30,6 +31,7 @@ JACCARD = 0.8
 WORDS, CHARACTERS = 5, 9  # of a shingle
 MAX_NEAR = 20_000_000
 _PRIME = np.uint64(2**31 - 1)
+_COUNT = np.uint64((1 << 20) - 1)
 _SHINGLES_AT_ONCE = 1 << 16
 
 # ---------------------------------------------------------------- keys
@@ -49,10 +51,20 @@ def prekeys(texts: Sequence[str]) -> np.ndarray:
     """uint64 (documents,): equal for texts of equal `normal_text`, rarely equal for others.
 
     The sum of a weight per character, blind to order. The weights are chosen so that neither NFKC
-    nor lower case changes the sum and white space adds nothing (`_weights`).
+    nor lower case changes the sum and white space adds nothing (`_weights`). Short texts are often
+    anagrams of each other (ten million numbers: 19,441 sums), so they take their full key instead;
+    which texts are short is read from the sum, so equal texts agree on it.
     """
     if not len(texts):
         return np.empty(0, np.uint64)
+    keys = _sums(texts)
+    for at in np.flatnonzero((keys & _COUNT) <= SHORT).tolist():
+        keys[at] = int.from_bytes(full_key(texts[at])[:8], "little")
+    return keys
+
+
+def _sums(texts: Sequence[str]) -> np.ndarray:
+    """Sums of the weights; the lowest 20 bits count the characters that weigh something."""
     table = _weights()
     codes = np.frombuffer(("\n".join(texts) + "\n").encode("utf-16-le"), "<u2")
     sizes = np.fromiter(map(len, texts), np.int64, len(texts)) + 1  # with \n, which weighs nothing
@@ -84,7 +96,7 @@ def _weights() -> np.ndarray:
     atoms = (codes + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64
     atoms = (atoms ^ (atoms >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     atoms = (atoms ^ (atoms >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    atoms ^= atoms >> np.uint64(31)
+    atoms = ((atoms ^ (atoms >> np.uint64(31))) & ~_COUNT) | np.uint64(1)
     atoms[0xD800:0xE000] = 0
     # One call over all characters at a time, each ended by NUL, which neither joins nor decomposes.
     # NUL itself, a control character that cleaning removes, weighs nothing.
@@ -103,8 +115,9 @@ def _weights() -> np.ndarray:
         )
         if not wrong.any():
             return weights
+        forms = [text.split("\0") for text in (whole, decomposed, lowered, folded)]
         for at in np.flatnonzero(wrong):
-            involved = "".join(t.split("\0")[at] for t in (whole, decomposed, lowered, folded))
+            involved = "".join(form[at] for form in forms)
             atoms[[ord(c) for c in involved if ord(c) < 1 << 16]] = 0
     raise AssertionError("character weights do not settle")
 
@@ -143,7 +156,9 @@ def exact_pairs(
         twins = np.sort(documents[_in_groups(np.concatenate(values))[0]])
         if len(twins):
             full = np.concatenate(list(full_keys(twins)))
-            members, groups = _in_groups(full.view(f"V{KEY_BYTES}").ravel())
+            halves = full.view("<u8")
+            # Two halves, both must agree: which one sorts first does not matter to the pairs.
+            members, groups = _in_groups(halves[:, 0], halves[:, 1])
             first = np.full(groups.max(initial=-1) + 1, total, np.int64)
             np.minimum.at(first, groups, twins[members])
             pairs = np.stack([twins[members], first[groups]], 1)
@@ -152,13 +167,19 @@ def exact_pairs(
     return pairs[np.argsort(pairs[:, 0])]
 
 
-def _in_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the values that occur more than once, and the number of the group of each."""
-    if not len(values):
+def _in_groups(first: np.ndarray, *more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the values that occur more than once, and the number of the group of each.
+
+    A value is a row of the columns, which are equally long.
+    """
+    if not len(first):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    order = np.argsort(values, kind="stable")
-    ranked = values[order]
-    equal = ranked[1:] == ranked[:-1]
+    columns = (first, *more)
+    order = np.lexsort(columns) if more else np.argsort(first, kind="stable")
+    equal = np.ones(len(order) - 1, bool)
+    for column in columns:
+        ranked = column[order]
+        equal &= ranked[1:] == ranked[:-1]
     edge = np.concatenate([[False], equal, [False]])
     member = edge[1:] | edge[:-1]
     groups = np.cumsum(~edge[:-1][member]) - 1

@@ -38,7 +38,7 @@ from lib.data.documents import (
     row_groups,
     val_sha256,
 )
-from lib.data.ledger import Entry, Ledger
+from lib.data.ledger import DUPLICATES, Entry, Ledger
 from lib.data.readers import Batch, Shard, read_shard
 
 __all__ = ["Shard", "build_units", "extract_texts", "read_documents"]
@@ -167,7 +167,7 @@ class Duplicates:
     """Per unit: rows to drop (ascending) with their reasons; and the report of data.md 7.3."""
 
     rows: list[np.ndarray]
-    reasons: list[list[str]]
+    reasons: list[np.ndarray]  # uint8, numbers in DUPLICATES
     report: dict[str, Any]
 
 
@@ -183,10 +183,10 @@ def find_duplicates(
         jobs = [(u, rows) for u, rows in zip(units, _per_unit(documents, starts), strict=True)]
         return pool_map(full_keys_of, [job for job in jobs if len(job[1])])
 
-    pairs = reasons = np.empty((0, 2), np.int64)
+    pairs = np.empty((0, 2), np.int64)
     if recipe.dedup.exact:
         pairs = dedup.exact_pairs([_array(u / PREKEYS, "<u8") for u in units], full_keys)
-    reasons = np.full(len(pairs), "dup_exact", object)
+    reasons = np.full(len(pairs), DUPLICATES.index("dup_exact"), np.uint8)
     if recipe.dedup.near:
         dedup.check_near(total)
         alive = np.ones(total, bool)
@@ -194,10 +194,12 @@ def find_duplicates(
         bands = [_array(u / BANDS, "<u8").reshape(-1, dedup.BANDS) for u in units]
         near = dedup.near_pairs(np.concatenate(bands), alive, _ShingleSets(units, starts))
         pairs = np.concatenate([pairs, near])
-        reasons = np.concatenate([reasons, np.full(len(near), "dup_near", object)])
+        more = np.full(len(near), DUPLICATES.index("dup_near"), np.uint8)
+        reasons = np.concatenate([reasons, more])
         order = np.argsort(pairs[:, 0])
         pairs, reasons = pairs[order], reasons[order]
-    reasons[(pairs[:, 0] >= val_documents) & (pairs[:, 1] < val_documents)] = "dup_of_val"
+    of_val = (pairs[:, 0] >= val_documents) & (pairs[:, 1] < val_documents)
+    reasons[of_val] = DUPLICATES.index("dup_of_val")
     rows = _per_unit(pairs[:, 0], starts)
     borders = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     number, largest = dedup.clusters(pairs)
@@ -205,7 +207,7 @@ def find_duplicates(
     table = [{"id": n, "documents": size} for n, (_, size) in zip(names, largest, strict=True)]
     return Duplicates(
         rows,
-        [reasons[a:b].tolist() for a, b in pairwise(borders)],
+        [reasons[a:b] for a, b in pairwise(borders)],
         {"clusters": number, "largest": table},
     )
 
@@ -213,9 +215,10 @@ def find_duplicates(
 def full_keys_of(job: tuple[Path, np.ndarray]) -> np.ndarray:
     """uint8 (n, 16): full keys of some rows of a unit."""
     unit, rows = job
-    texts = _rows(unit, rows, "text")
-    keys = b"".join(dedup.full_key(text) for text in texts)
-    return np.frombuffer(keys, np.uint8).reshape(-1, dedup.KEY_BYTES)
+    keys = np.empty((len(rows), dedup.KEY_BYTES), np.uint8)
+    for at, text in enumerate(_rows(unit, rows, "text")):
+        keys[at] = np.frombuffer(dedup.full_key(text), np.uint8)
+    return keys
 
 
 def _rows(unit: Path, rows: np.ndarray, column: str) -> Iterator[str]:
@@ -276,7 +279,7 @@ class PartJob:
     unit: Path
     target: Path
     rows: np.ndarray
-    reasons: list[str]
+    reasons: np.ndarray
 
 
 def write_part(job: PartJob) -> tuple[Entry, FileEntry]:
@@ -298,7 +301,7 @@ def write_part(job: PartJob) -> tuple[Entry, FileEntry]:
             texts, ids = (table.column(c).combine_chunks() for c in ("text", "id"))
             gone = texts.filter(pa.array(~keep)).to_pylist()
             for text, reason in zip(gone, job.reasons[low:high], strict=True):
-                entry.clean.drop(reason, len(text.encode()))
+                entry.clean.drop(DUPLICATES[reason], len(text.encode()))
             writer.add(texts.filter(pa.array(keep)), ids.filter(pa.array(keep)))
             start += len(table)
     entry.documents_out, entry.bytes_out = writer.documents, writer.bytes
