@@ -207,7 +207,8 @@ def read_mixture(folder: Path) -> Iterator[str]:
     if len(names) == 1:
         yield from texts[0]
         return
-    lengths = [_text_bytes(folder, parts_of(manifest, "train", name)) for name in names]
+    parts = [entry.path for entry in manifest.files]
+    lengths = [_text_bytes(folder, parts_of(parts, "train", name)) for name in names]
     ends = "continue" if manifest.recipe["params"]["on_exhausted"] == "continue" else "stop"
     for visits in mix(list(weights.values()), lengths, ends):
         for source in visits.source.tolist():  # without a second pass, documents come in order
@@ -217,7 +218,7 @@ def read_mixture(folder: Path) -> Iterator[str]:
 def _text_bytes(folder: Path, names: Iterable[str]) -> np.ndarray:
     """int64 (documents,): UTF-8 bytes of the texts of some parts."""
     counts = [
-        pc.binary_length(table.column("text")).to_numpy().astype(np.int64)
+        pc.call_function("binary_length", [table.column("text")]).to_numpy().astype(np.int64)
         for name in names
         for table in row_groups(folder / name)
     ]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -471,3 +472,19 @@ def test_dropped_set_of_real_text_is_that_of_full_keys(shared, tmp_path):
                 expected.append(name)
             seen.add(key)
     assert [i for s in ("val", "train") for i, _ in read_documents(out, s)] == expected
+
+
+def test_mixture_of_two_sources_reads_every_document_in_shares(tmp_path):
+    """read_mixture lists the parts of each source by their names; one source takes another way."""
+    short, long = [f"short {i}" for i in range(40)], ["long " * 40 + str(i) for i in range(10)]
+    shards = [
+        jsonl(tmp_path, "v.jsonl.gz", ["val"], "val"),
+        jsonl(tmp_path, "a.jsonl.gz", short),
+        replace(jsonl(tmp_path, "b.jsonl.gz", long), source="s_b"),
+    ]
+    mixed = recipe(sources={"s": 0.5, "s_b": 0.5}, on_exhausted="continue")
+    out = run(shards, mixed, tmp_path)
+    texts = list(documents.read_mixture(out))
+    assert sorted(texts) == sorted(short + long)
+    assert [t for t in texts if t in short] == short
+    assert [t for t in texts if t in long] == long
