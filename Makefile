@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # make repro TORCH_INDEX=<index> adds a package index, for example one with CPU-only torch wheels.
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: repro test check gate dag setup clean-state format
+.PHONY: repro test check gate dag setup faults clean-state format
 
 repro: setup  ## the whole pipeline with the default parameters
 	dvc repro
@@ -34,6 +34,9 @@ dag: setup  ## write the code dependencies into dvc.yaml
 format: setup
 	ruff check --fix .
 	ruff format .
+
+faults: setup  ## every crash point of every stage and of training (about half an hour)
+	KUMIKI_EVERY=1 KUMIKI_FAULTS_EVERY=1 python -m pytest -q -m "faults or slow" tests
 
 clean-state:  ## forget all working state and scratch: the next repro recomputes everything
 	rm -rf data/work checkpoints/*/work scratch

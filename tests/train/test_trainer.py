@@ -14,7 +14,7 @@ import torch
 
 from lib.core.errors import EnvError, InputError, Interrupted, UserError
 from lib.core.settings import Hub
-from lib.train import trainer
+from lib.train import precision, trainer
 from lib.train.checkpoint import read_tensors
 from lib.train.precision import LossScaler, compute_dtype
 from tests.faults.crash import in_child, tree
@@ -338,9 +338,12 @@ def test_an_overflowing_fp16_step_is_made_smaller_not_skipped_for_good(tmp_path)
     assert all(math.isfinite(x) for x in losses_of(tmp_path))
 
 
-def test_precision_auto_is_fp32_on_a_cpu():
+def test_precision_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
     cpu = torch.device("cpu")
-    assert compute_dtype("auto", cpu) == torch.float32
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda native=native: native)
+        assert compute_dtype("auto", cpu) == dtype
+    assert compute_dtype("fp32", cpu) == torch.float32
     assert compute_dtype("bf16", cpu) == torch.bfloat16
 
 
