@@ -36,7 +36,7 @@ format: setup
 	ruff format .
 
 faults: setup  ## every crash point of every stage and of training (about half an hour)
-	KUMIKI_EVERY=1 KUMIKI_FAULTS_EVERY=1 python -m pytest -q -m "faults or slow" tests
+	KUMIKI_FAULTS_EVERY=1 python -m pytest -q -m "faults or slow" tests
 
 clean-state:  ## forget all working state and scratch: the next repro recomputes everything
 	rm -rf data/work checkpoints/*/work scratch

@@ -30,8 +30,8 @@ import tiktoken
 
 from lib.core import files
 from lib.core.artifact import Manifest
+from lib.core.data_settings import Dedup, Encoding, Gpt2Tokenizer, Recipe
 from lib.core.process import worker_pool
-from lib.core.settings import Dedup, Encoding, Gpt2Tokenizer, Recipe
 from lib.data.encode import encode, plan_encoding
 from lib.data.extract import Shard, extract_texts
 from lib.data.tokenizer import build, load_tokenizer

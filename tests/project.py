@@ -13,7 +13,7 @@ import torch
 
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
-from lib.core.settings import BpeTokenizer, Encoding
+from lib.core.data_settings import BpeTokenizer, Encoding
 from lib.core.stage import input_hash
 from lib.data import tokenizer as tokenizers
 from lib.data.encode import encode, plan_encoding

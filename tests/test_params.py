@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.core import params
-from lib.core.errors import KumikiError, SeveralErrors, UserError, report_lines
-from lib.core.settings import (
+from lib.core.data_settings import (
     BpeTokenizer,
     EmbeddedSource,
     FilesSource,
@@ -19,8 +18,9 @@ from lib.core.settings import (
     JsonlSource,
     ParquetSource,
     SentencePieceTokenizer,
-    Settings,
 )
+from lib.core.errors import KumikiError, SeveralErrors, UserError, report_lines
+from lib.core.settings import Settings
 from tests.conftest import ROOT
 
 RAW = params.read_yaml(ROOT / params.PARAMS)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
-from lib.core import files
+from lib.core import files, growing
 from lib.core.errors import (
     EnvError,
     InputError,
@@ -311,7 +311,7 @@ class _Transfer:
     def __init__(self, job: Job, policy: Policy, log: Log, should_stop: Stop) -> None:
         self.job, self.policy, self.log, self.should_stop = job, policy, log, should_stop
         self.cap = job.size if job.size is not None else job.max_bytes
-        self.part = files.ResumableFile(job.target)
+        self.part = growing.ResumableFile(job.target)
         _, self.note_path = _beside(job.target)
         self.linked: str | None = None
         self.etag: str | None = None

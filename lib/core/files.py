@@ -1,5 +1,7 @@
 """The only writer: every durable byte of the project goes through this file (reliability.md 2).
 
+What grows over time stands beside it in growing.py, on the same terms.
+
 Rule:  temporary name in the same folder -> write, hash on the way -> fsync -> rename -> fsync
        the folder. So a final name never carries incomplete bytes, wherever the process is killed.
 Disk:  errno is mapped by cause: no space, read-only, I/O error become an EnvError (exit 4) with the
@@ -11,19 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.core.errors import EnvError, InputError, KumikiError, UserError, relative
+from lib.core.errors import EnvError, InputError, KumikiError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,7 +194,7 @@ def atomic_file(path: Path, estimate_bytes: int = 0) -> Iterator[Output]:
     except BaseException:
         out.abandon()
         raise
-    _rename(out.path, path)
+    rename(out.path, path)
 
 
 @contextlib.contextmanager
@@ -221,78 +219,7 @@ def library_file(path: Path, estimate_bytes: int = 0) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
         raise
-    _rename(temp, path)
-
-
-class ResumableFile:
-    """A file that grows over several runs as `<name>.part` and is named once it is verified.
-
-    Unlike `atomic_file`, what was written survives a kill and an error, so the caller must know
-    what the bytes are (lib.core.fetch keeps a note beside them). After a disk error they are
-    removed: the space is needed, and pages whose fsync failed may be marked clean though lost.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.part = path, path.with_name(path.name + ".part")
-        make_folder(path.parent)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        with disk_errors(self.part):
-            self._fd = os.open(self.part, flags, 0o644)
-        self.size = os.fstat(self._fd).st_size
-        self._unsynced = self.size > 0  # a killed run may have left bytes that no fsync has seen
-
-    def append(self, data: bytes, needed_bytes: int = 0) -> None:
-        """Add `data` at the end. needed_bytes: what the whole file takes, for the message."""
-        view = memoryview(data)
-        with self._removed_on_error(needed_bytes):
-            self._unsynced = True
-            while view:
-                written = os.write(self._fd, view)
-                self.size += written
-                view = view[written:]
-
-    def sync(self) -> None:
-        """Make everything appended durable."""
-        if self._unsynced and self._fd >= 0:
-            with self._removed_on_error():
-                os.fsync(self._fd)
-            self._unsynced = False
-
-    def restart(self) -> None:
-        """Cut to nothing, durably: before a note beside it may speak of other bytes."""
-        with self._removed_on_error():
-            os.ftruncate(self._fd, 0)
-            os.fsync(self._fd)
-        self.size, self._unsynced = 0, False
-
-    def commit(self) -> None:
-        """Give the file its name. The caller has verified it."""
-        self.sync()
-        self.close()
-        _rename(self.part, self.path)
-
-    def remove(self) -> None:
-        """Close and remove the part."""
-        with contextlib.suppress(OSError, EnvError):
-            self.close()
-        with contextlib.suppress(OSError):
-            self.part.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Close, keeping the part for the next run."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            with disk_errors(self.part):
-                os.close(fd)
-
-    @contextlib.contextmanager
-    def _removed_on_error(self, needed_bytes: int = 0) -> Iterator[None]:
-        try:
-            with disk_errors(self.part, max(needed_bytes, self.size)):
-                yield
-        except (OSError, EnvError):
-            self.remove()
-            raise
+    rename(temp, path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -317,13 +244,26 @@ def canonical_json(value: object) -> bytes:
     return text.encode() + b"\n"
 
 
+def read_json(path: Path) -> Any:
+    """Read a small JSON file of ours; UserError when missing, InputError when damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError("no such file", file=path, remedy="run the stage that makes it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "not valid JSON", file=path, value=error, remedy="remove it and run the same command"
+        ) from error
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits; 0.8 to 1.8 GB/s a core."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _rename(source: Path, target: Path) -> None:
+def rename(source: Path, target: Path) -> None:
+    """Give `source` its final name, durably."""
     with disk_errors(target):
         source.replace(target)
     fsync_folder(target.parent)
@@ -441,7 +381,7 @@ def point(source: Path, target: Path) -> None:
     with disk_errors(target):
         part.unlink(missing_ok=True)
         part.symlink_to(source.absolute())
-    _rename(part, target)
+    rename(part, target)
 
 
 def publish(source: Path, target: Path) -> None:
@@ -455,7 +395,7 @@ def publish(source: Path, target: Path) -> None:
         link_or_copy(source, part)
         if target.is_dir() and not target.is_symlink():
             remove_tree(target)
-        _rename(part, target)
+        rename(part, target)
         return
     with atomic_folder(target) as part:
         for path in sorted(source.rglob("*")):
@@ -504,88 +444,3 @@ def allocate(fd: int, path: Path, total_bytes: int) -> None:
         else:  # macOS: writing zeros reserves as well
             for start in range(0, total_bytes, 1 << 20):
                 os.pwrite(fd, bytes(min(1 << 20, total_bytes - start)), start)
-
-
-# ---------------------------------------------------------------- logs and locks
-
-
-class AppendLog:
-    """A file of JSON lines that only grows: one line is one write, durable at `sync`.
-
-    A torn last line (power loss) is cut when the log is opened, it is not an error.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        make_folder(path.parent)
-        with disk_errors(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        data = path.read_bytes()
-        self.truncate(data.rfind(b"\n") + 1)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one record; keys keep their order."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with disk_errors(self.path, len(line)):
-            while line:
-                line = line[os.write(self._fd, line) :]
-        self.position += 1
-
-    def sync(self) -> int:
-        """Make all lines durable; returns the size in bytes, which a checkpoint remembers."""
-        with disk_errors(self.path):
-            os.fsync(self._fd)
-        return os.fstat(self._fd).st_size
-
-    def truncate(self, size: int) -> None:
-        """Cut the log to `size` bytes, the position that a checkpoint remembered."""
-        with disk_errors(self.path):
-            if os.fstat(self._fd).st_size != size:  # a finished run is opened, not touched
-                os.ftruncate(self._fd, size)
-        self.position = self.path.read_bytes()[:size].count(b"\n")
-
-    def close(self) -> None:
-        """Close without syncing."""
-        os.close(self._fd)
-
-
-@contextlib.contextmanager
-def exclusive_lock(target: Path, waiting: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Hold `<parent>/.<name>.lock` for the output `target`; EnvError at once when another holds it.
-
-    waiting: for what several may want at once (scratch): told who holds it, then waited for.
-    flock, so the lock dies with its holder. The file tells who holds it: pid, host, start, command.
-    """
-    path = target.parent / f".{target.name}.lock"
-    make_folder(path.parent)
-    with disk_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 400, 0).decode(errors="replace").strip() or "another process"
-            if waiting is None:
-                raise EnvError(
-                    f"{relative(target)} is busy", value=holder, remedy="wait for it, or stop it"
-                ) from None
-            waiting(f"{relative(target)} is being made by {holder}; waiting")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        note = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}: "
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, (note + " ".join(sys.argv)).encode(errors="replace")[:400], 0)
-        yield
-    finally:
-        os.close(fd)
-
-
-def read_json(path: Path) -> Any:
-    """Read a small JSON file of ours; UserError when missing, InputError when damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError("no such file", file=path, remedy="run the stage that makes it") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            "not valid JSON", file=path, value=error, remedy="remove it and run the same command"
-        ) from error

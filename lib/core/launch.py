@@ -30,7 +30,7 @@ from lib.core.errors import InputError, Interrupted, KumikiError, UserError, rep
 from lib.core.params import load
 from lib.core.process import die_with_parent
 from lib.core.ranks import EXIT_FILE
-from lib.core.settings import Runtime
+from lib.core.run_settings import Runtime
 
 STATE = Path(".kumiki")  # git-ignored: exit codes and job ids of launchers
 SPARE_S = 10.0  # in which torchrun kills its workers and ends

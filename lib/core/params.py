@@ -23,7 +23,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lib.core.errors import KumikiError, UserError, raise_all, report_lines
 from lib.core.heads import config_class, family_names
-from lib.core.settings import Refused, Settings
+from lib.core.refusal import Refused
+from lib.core.settings import Settings
 
 PARAMS, LOCAL = "params.yaml", ".kumiki.yaml"
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)$", re.IGNORECASE)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.core import artifact, dag, files, ranks
+from lib.core import artifact, dag, files, growing, lock, ranks
 from lib.core.errors import (
     EnvError,
     InputError,
@@ -36,7 +36,8 @@ from lib.core.errors import (
 )
 from lib.core.params import load
 from lib.core.process import PoolMap, StopRequest, die_with_parent, worker_pool
-from lib.core.settings import Runtime, Settings
+from lib.core.run_settings import Runtime
+from lib.core.settings import Settings
 
 FORMAT_VERSION = (
     1  # part of every fingerprint: raise it when the meaning of a working state changes
@@ -90,7 +91,7 @@ class Run:
         self.work, self.fingerprint = Path(), ""  # set by `_find_work`
         self.code: dict[str, str] = {}  # file -> hash of what computes, set by `_open_work`
         self.started = time.time()
-        self._log: files.AppendLog | None = None
+        self._log: growing.AppendLog | None = None
 
     @property
     def result(self) -> Path:
@@ -223,7 +224,7 @@ def _guarded(
                 if not ranks.agree():
                     body(run)
                 return 0
-            with files.exclusive_lock(run.out):
+            with lock.exclusive_lock(run.out):
                 _run_locked(run, body, identity, check, modules)
         return 0
     except Interrupted as error:
@@ -256,9 +257,9 @@ def _run_locked(
     run: Run, body: Callable, identity: Callable, check: Callable, modules: Callable
 ) -> None:
     _find_work(run, identity)
-    with files.exclusive_lock(run.work):
+    with lock.exclusive_lock(run.work):
         finished = _open_work(run, modules(run))
-        log = files.AppendLog(run.work / "stage.log")
+        log = growing.AppendLog(run.work / "stage.log")
         run._log = log
         try:
             if ranks.agree(finished and check(run)):

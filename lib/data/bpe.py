@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.core import files
+from lib.core.data_settings import BpeTokenizer
 from lib.core.errors import EnvError, InputError, UserError
-from lib.core.settings import BpeTokenizer
 
 # The split of cl100k with digit runs of 1 or 2. tiktoken's engine and Oniguruma read the same text.
 PATTERN = (

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from lib.core.settings import Recipe
+from lib.core.data_settings import Recipe
 
 EDGE = " \t\n"  # U+3000 is indentation and stays
 BOM = "\ufeff"

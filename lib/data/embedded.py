@@ -23,9 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lib.core.data_settings import EmbeddedSource
 from lib.core.errors import EnvError
 from lib.core.process import PoolMap
-from lib.core.settings import EmbeddedSource
 
 SKIPPED_FOLDERS = frozenset(
     (

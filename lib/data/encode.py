@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from lib.core import files
+from lib.core import files, lock
 from lib.core.artifact import FileEntry, Manifest, key_of, plain
+from lib.core.data_settings import Encoding
 from lib.core.errors import InputError, UserError
 from lib.core.process import PoolMap
 from lib.core.rng import derive_seed
-from lib.core.settings import Encoding
 from lib.data.pack import Documents, PackCounts, RowBlock, pack_bestfit, pack_stream
 from lib.data.parts import Part, PartCounts, Unit, encode_part, open_cached
 from lib.data.recipe import MixtureReport, Visits, hash_order, mix
@@ -133,7 +133,7 @@ def encode(plan: Plan, pool_map: PoolMap, log: Log, task: int | None = None) -> 
     about 50 bytes a training document while packing. UserError when not one row can be packed.
     """
     mine = plan.units if task is None else plan.units[task :: plan.settings.n_tasks]
-    with files.exclusive_lock(plan.folder if task is None else plan.folder / f"task_{task}"):
+    with lock.exclusive_lock(plan.folder if task is None else plan.folder / f"task_{task}"):
         if task is None:
             for folder in (plan.folder, plan.folder / "units"):
                 files.sweep_parts(folder)

@@ -23,9 +23,9 @@ import pyarrow as pa
 
 from lib.core import artifact, files
 from lib.core.artifact import FileEntry, Manifest
+from lib.core.data_settings import Recipe
 from lib.core.errors import InputError, KumikiError
 from lib.core.process import PoolMap
-from lib.core.settings import Recipe
 from lib.data import dedup
 from lib.data.clean import Rules, clean_batch, clean_long
 from lib.data.documents import (

@@ -19,8 +19,8 @@ from typing import Any
 
 from lib.core import files
 from lib.core.artifact import FileEntry
+from lib.core.data_settings import HubDatasetSource
 from lib.core.errors import EnvError, InputError, UserError
-from lib.core.settings import HubDatasetSource
 from lib.data.shards import ShardFolder, write_parquet
 
 SHARD_ROWS, ROW_GROUP = 8192, 1024

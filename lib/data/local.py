@@ -15,8 +15,8 @@ from typing import Literal
 
 from lib.core import files
 from lib.core.artifact import FileEntry
+from lib.core.data_settings import ArchiveSource, JsonlSource, ParquetSource, Source, TextSource
 from lib.core.errors import InputError, KumikiError, UserError, raise_all
-from lib.core.settings import ArchiveSource, JsonlSource, ParquetSource, Source, TextSource
 from lib.data.remote import read_checksums
 from lib.data.shards import ShardFolder, check_parquet
 

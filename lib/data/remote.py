@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 from lib.core import fetch, files
 from lib.core.artifact import FileEntry
+from lib.core.data_settings import ArchiveSource, FilesSource, ParquetSource
 from lib.core.errors import InputError, Interrupted, KumikiError, UserError
 from lib.core.hosts import Policy, bare
-from lib.core.settings import ArchiveSource, FilesSource, ParquetSource, Runtime
+from lib.core.run_settings import Runtime
 from lib.data.shards import ShardFolder, check_parquet
 
 Log = Callable[[str], None]

@@ -15,11 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.core import artifact, files
+from lib.core import artifact, files, lock
 from lib.core.artifact import FileEntry, Manifest
-from lib.core.errors import InputError, KumikiError, SeveralErrors, UserError, raise_all
-from lib.core.process import PoolMap, worker_pool
-from lib.core.settings import (
+from lib.core.data_settings import (
     ArchiveSource,
     DownloadShards,
     EmbeddedSource,
@@ -27,10 +25,12 @@ from lib.core.settings import (
     HubDatasetSource,
     ParquetSource,
     PinnedFile,
-    Runtime,
     SampleShuffle,
     Source,
 )
+from lib.core.errors import InputError, KumikiError, SeveralErrors, UserError, raise_all
+from lib.core.process import PoolMap, worker_pool
+from lib.core.run_settings import Runtime
 from lib.data import embedded, hub, local, remote
 from lib.data.shards import ShardFolder, write_parquet
 
@@ -128,7 +128,7 @@ def collect(
     for name, identity in identities(section, seed).items():
         folder = ShardFolder(identity)
         try:
-            with files.exclusive_lock(folder.path, waiting=log):
+            with lock.exclusive_lock(folder.path, waiting=log):
                 got = _collect_one(name, section.sources[name], folder, runtime, pool, log)
             _refuse_duplicates(name, got.entries)
         except (InputError, UserError, SeveralErrors) as error:  # not a full disk, not a stop
@@ -371,7 +371,7 @@ def _ensure(
     def rebuild(lost: list[FileEntry]) -> None:
         for entry in lost:
             log(f"warning: {name}/{entry.path} is missing or damaged in scratch, it is made again")
-        with files.exclusive_lock(folder.path, waiting=log):
+        with lock.exclusive_lock(folder.path, waiting=log):
             if folder.identity["kind"] == "parquet" and "files" not in folder.identity:
                 wanted = [remote.wanted_again(e, folder.identity) for e in lost]
                 remote.bring(wanted, folder, None, runtime, log)

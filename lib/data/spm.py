@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from lib.core.data_settings import SentencePieceTokenizer
 from lib.core.errors import InputError, UserError
-from lib.core.settings import SentencePieceTokenizer
 from lib.data.spm_file import (
     BPE,
     BYTE,

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from lib.core import artifact, files
+from lib.core.data_settings import BpeTokenizer, Gpt2Tokenizer
+from lib.core.data_settings import Tokenizer as Settings
 from lib.core.errors import InputError, UserError
-from lib.core.settings import BpeTokenizer, Gpt2Tokenizer
-from lib.core.settings import Tokenizer as Settings
 from lib.data.bpe import BpeModel, cut_runs, read_bpe, take_gpt2, train_bpe
 from lib.data.spm import MODEL_FILE as SPM_FILE
 from lib.data.spm import SpmModel, take_sentencepiece, train_sentencepiece

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.core.errors import UserError
-from lib.core.settings import refuse
+from lib.core.refusal import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models.base import Batch, Defaults, Family, Group, Optim
 from lib.nn.attention import causal_attention, choose_engine

@@ -19,7 +19,7 @@ import torch
 from lib.core import artifact
 from lib.core.artifact import Manifest
 from lib.core.errors import UserError
-from lib.core.settings import Train
+from lib.core.run_settings import Train
 from lib.data.loader import Loader
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokens import TokenStore

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lib.core.artifact import plain
-from lib.core.settings import Runtime, Train
+from lib.core.run_settings import Runtime, Train
 from lib.models.base import Family
 from lib.train.observe import Observer
 from lib.train.plan import Plan

@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lib.core import files
+from lib.core import files, growing
 from lib.core.errors import redact
-from lib.core.settings import Runtime
+from lib.core.run_settings import Runtime
 from lib.train.sinks import Trackers
 
 LOG, POINTS = "training_log.jsonl", "points.jsonl"
@@ -84,7 +84,10 @@ class Observer:
         self._trackers = Trackers(() if quiet else runtime.trackers, warn)
         if quiet:
             return
-        self._log, self._points = files.AppendLog(folder / LOG), files.AppendLog(folder / POINTS)
+        self._log, self._points = (
+            growing.AppendLog(folder / LOG),
+            growing.AppendLog(folder / POINTS),
+        )
         self._trackers.open(folder, run, runtime.wandb, config or {})
 
     # ------------------------------------------------------------ positions

@@ -14,7 +14,7 @@ import torch
 
 from lib.core import ranks
 from lib.core.errors import UserError
-from lib.core.settings import Runtime, Train
+from lib.core.run_settings import Runtime, Train
 from lib.models.base import Family, Optim
 from lib.train.parallel import is_sharded
 from lib.train.schedule import Schedule, auto_batch, horizon, make_schedule

@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
 from lib.core.params import typed
-from lib.core.settings import Runtime
+from lib.core.run_settings import Runtime
 from lib.core.stage import Run
 from lib.models.base import load_family
 from lib.train import parallel

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib.core.errors import redact
-from lib.core.settings import Hub, Wandb
+from lib.core.run_settings import Hub, Wandb
 
 PUSH_WAIT_S = 600.0  # how long the end of a run waits for a push that is under way
 

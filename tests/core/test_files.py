@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.core import files
+from lib.core import files, growing, lock
 from lib.core.errors import EnvError, InputError
 from tests.faults.crash import enumerate_crashes, tree
 
@@ -166,14 +166,14 @@ def test_equal_values_give_equal_json_bytes_and_nan_is_refused():
 
 
 def test_append_log_cuts_a_torn_line_and_truncates_to_a_position(tmp_path):
-    log = files.AppendLog(tmp_path / "log.jsonl")
+    log = growing.AppendLog(tmp_path / "log.jsonl")
     log.append({"step": 1})
     position = log.sync()
     log.append({"step": 2})
     log.close()
     with (tmp_path / "log.jsonl").open("ab") as torn:
         torn.write(b'{"step": 3, "lo')
-    log = files.AppendLog(tmp_path / "log.jsonl")
+    log = growing.AppendLog(tmp_path / "log.jsonl")
     assert log.position == 2
     log.truncate(position)
     log.append({"step": 2})
@@ -185,17 +185,17 @@ def test_append_log_cuts_a_torn_line_and_truncates_to_a_position(tmp_path):
 def test_a12_a_second_holder_is_refused_at_once_and_told_the_pid(tmp_path):
     """flock dies with its holder, so a killed stage never blocks the next."""
     code = (
-        "import sys, time; from pathlib import Path; from lib.core import files\n"
-        f"with files.exclusive_lock(Path({str(tmp_path / 'out')!r})):\n"
+        "import sys, time; from pathlib import Path; from lib.core import lock\n"
+        f"with lock.exclusive_lock(Path({str(tmp_path / 'out')!r})):\n"
         "    print('held', flush=True); time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(EnvError, match=f"pid {holder.pid}"), files.exclusive_lock(tmp_path / "out"):
+    with pytest.raises(EnvError, match=f"pid {holder.pid}"), lock.exclusive_lock(tmp_path / "out"):
         pytest.fail("two holders")
     holder.kill()
     holder.wait()
-    with files.exclusive_lock(tmp_path / "out"):
+    with lock.exclusive_lock(tmp_path / "out"):
         pass
 
 

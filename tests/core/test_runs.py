@@ -13,7 +13,8 @@ import pytest
 from lib.core import heads
 from lib.core.errors import KumikiError
 from lib.core.params import load, typed
-from lib.core.settings import Hub, Refused, Train
+from lib.core.refusal import Refused
+from lib.core.run_settings import Hub, Train
 from tests.conftest import ROOT
 
 PARAMS = """

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from lib.core import files
 from lib.core.artifact import Manifest, describe, scratch_folder
-from lib.core.settings import Encoding
+from lib.core.data_settings import Encoding
 from lib.data.encode import encode, plan_encoding
 from lib.data.tokenizer import Tokenizer, take_gpt2
 from lib.data.tokens import TokenStore

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lib.core.data_settings import EmbeddedSource
 from lib.core.errors import EnvError
 from lib.core.process import worker_pool
-from lib.core.settings import EmbeddedSource
 from lib.data import embedded
 from tests.conftest import ROOT
 
@@ -149,7 +149,7 @@ def test_a_standard_package_is_read_without_importing_it():
     """`numpy` is read from its files; neither it nor anything large is loaded for that."""
     code = (
         "import sys\n"
-        "from lib.core.settings import EmbeddedSource\n"
+        "from lib.core.data_settings import EmbeddedSource\n"
         "from lib.core.process import worker_pool\n"
         "from lib.data import embedded\n"
         "source = EmbeddedSource(kind='embedded', packages=('pyarrow', 'datasets'))\n"

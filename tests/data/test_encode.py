@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lib.core import files
+from lib.core import files, lock
 from lib.core.artifact import verify
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.process import worker_pool
@@ -297,7 +297,7 @@ def test_two_runs_do_not_write_the_same_files(documents, tmp_path):
     plan = plan_encoding(
         settings(), documents, Path("ByteTokenizer"), tmp_path, open_tokenizer=open_double
     )
-    with files.exclusive_lock(plan.folder), pytest.raises(EnvError, match="busy"):
+    with lock.exclusive_lock(plan.folder), pytest.raises(EnvError, match="busy"):
         encode(plan, map, lambda line: None)
 
 

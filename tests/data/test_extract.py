@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
+from lib.core.data_settings import Dedup, Recipe
 from lib.core.errors import InputError, UserError
-from lib.core.settings import Dedup, Recipe
 from lib.data import documents, extract, lines, readers
 from lib.data.documents import part_file, parts_of, read_documents
 from lib.data.extract import extract_texts

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lib.core.data_settings import DownloadShards, HubDatasetSource, SampleShuffle
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.process import worker_pool
-from lib.core.settings import DownloadShards, HubDatasetSource, Runtime, SampleShuffle
+from lib.core.run_settings import Runtime
 from lib.data import hub, sources
 from lib.data.shards import ShardFolder
 from tests.conftest import ROOT
@@ -226,7 +227,7 @@ def test_a_host_out_of_reach_is_exit_4_and_torch_stays_out(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b", "c"]}), tmp_path / "own.parquet")
     code = (
         "import sys\n"
-        "from lib.core.settings import HubDatasetSource\n"
+        "from lib.core.data_settings import HubDatasetSource\n"
         "from lib.core.errors import EnvError\n"
         "from lib.data import hub\n"
         "from lib.data.shards import ShardFolder\n"

@@ -16,9 +16,7 @@ import pytest
 
 from lib.core import artifact, files, hosts
 from lib.core.artifact import Manifest
-from lib.core.errors import EnvError, InputError, SeveralErrors, UserError, report_lines
-from lib.core.process import worker_pool
-from lib.core.settings import (
+from lib.core.data_settings import (
     ArchiveSource,
     DownloadShards,
     EmbeddedSource,
@@ -26,9 +24,11 @@ from lib.core.settings import (
     JsonlSource,
     ParquetSource,
     PinnedFile,
-    Runtime,
     TextSource,
 )
+from lib.core.errors import EnvError, InputError, SeveralErrors, UserError, report_lines
+from lib.core.process import worker_pool
+from lib.core.run_settings import Runtime
 from lib.data import embedded, remote, sources
 from lib.data.shards import ShardFolder, check_parquet, write_parquet
 from tests.conftest import ROOT

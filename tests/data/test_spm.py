@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 
+from lib.core.data_settings import SentencePieceTokenizer
 from lib.core.errors import InputError, UserError
-from lib.core.settings import SentencePieceTokenizer
 from lib.data import spm
 from lib.data.spm_file import read_spec, without_circumstances
 from lib.data.tokenizer import Tokenizer, build, load_tokenizer, measure

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.core.data_settings import BpeTokenizer
 from lib.core.errors import InputError, UserError
-from lib.core.settings import BpeTokenizer
 from lib.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, write_tokenizer
 from lib.export import hf
 from lib.export.generate import Sampling, generate

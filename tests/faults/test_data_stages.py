@@ -1,7 +1,7 @@
 """Kill every data stage at every change of the file system: rows A1 to A4 of the fault catalogue.
 
-The same command must then end with the bytes of an undisturbed run. KUMIKI_EVERY=1 takes every
-point, as `make faults` does; `make test` takes every seventh.
+The same command must then end with the bytes of an undisturbed run. KUMIKI_FAULTS_EVERY=1 takes
+every point, as `make faults` does; `make test` takes every seventh.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
-EVERY = int(os.environ.get("KUMIKI_EVERY", "7"))
+EVERY = int(os.environ.get("KUMIKI_FAULTS_EVERY", "7"))
 
 
 def enumerate_in_fresh_process(folder: Path, every: int, *stage: str) -> int:

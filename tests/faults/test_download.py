@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from lib.core import artifact, files, hosts
-from lib.core.process import worker_pool
-from lib.core.settings import (
+from lib.core.data_settings import (
     DownloadShards,
     EmbeddedSource,
     HubDatasetSource,
     JsonlSource,
     ParquetSource,
-    Runtime,
 )
+from lib.core.process import worker_pool
+from lib.core.run_settings import Runtime
 from lib.data import embedded, hub, remote, sources
 from tests.data.test_sources import NAMES, parquet
 from tests.data.web import serving

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.core.errors import UserError
-from lib.core.settings import Refused
+from lib.core.refusal import Refused
 from lib.models import gpt
 from lib.models.base import Optim, build
 from lib.models.gpt import Config, Model

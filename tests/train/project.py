@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
-from lib.core.settings import BpeTokenizer
+from lib.core.data_settings import BpeTokenizer
 from lib.data import tokenizer as tokenizers
 from lib.data.encode import encode, plan_encoding
 from tests.conftest import ROOT

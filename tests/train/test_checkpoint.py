@@ -235,7 +235,8 @@ def test_best_is_a_second_name_for_the_same_bytes(kept):
 
 
 def test_keeping_one_checkpoint_is_refused(tmp_path):
-    from lib.core.settings import Refused, Runtime
+    from lib.core.refusal import Refused
+    from lib.core.run_settings import Runtime
 
     with pytest.raises(Refused, match="keep_last: 1; use 2 or more"):
         Runtime(keep_last=1)

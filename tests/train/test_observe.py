@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.core.settings import Hub, Runtime, Wandb
+from lib.core.run_settings import Hub, Runtime, Wandb
 from lib.train.observe import Observer, console_line, perplexity, printable
 from lib.train.sinks import HubPush, Trackers
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lib.core.errors import EnvError, InputError, Interrupted, UserError
-from lib.core.settings import Hub
+from lib.core.run_settings import Hub
 from lib.train import precision, trainer
 from lib.train.checkpoint import read_tensors
 from lib.train.precision import LossScaler, compute_dtype

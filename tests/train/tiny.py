@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lib.core.rng import numpy_generator
-from lib.core.settings import Runtime, Train
+from lib.core.run_settings import Runtime, Train
 from lib.models.base import Family
 from lib.train.job import Job
 from lib.train.trainer import train

@@ -1,0 +1,18 @@
+"""Contradictions within settings: a dataclass gathers and refuses them in `__post_init__`."""
+
+from __future__ import annotations
+
+
+class Refused(ValueError):
+    """Contradictions found in one dataclass: a list of (key, value, remedy)."""
+
+    def __init__(self, problems: list[tuple[str, object, str]]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(f"{key}: {value}; {remedy}" for key, value, remedy in problems))
+
+
+def refuse(*checks: tuple[bool, str, object, str]) -> None:
+    """Raise `Refused` with every (bad, key, value, remedy) whose first element is true."""
+    problems = [(key, value, remedy) for bad, key, value, remedy in checks if bad]
+    if problems:
+        raise Refused(problems)

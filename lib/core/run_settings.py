@@ -1,0 +1,212 @@
+"""Knobs of training, evaluation and export, typed; and `runtime`, which changes no result.
+
+Names, meanings, units and defaults stand here only; lib.core.settings holds the whole file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lib.core.refusal import refuse
+
+# ---------------------------------------------------------------- train, runs, families
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """One training run: `train.defaults` < `families.<run>` < `train.<run>` or `runs.<run>`.
+
+    Null leaves the choice to the family (`Family.defaults`), for `steps` and its two alternatives
+    likewise. Loaded, `model` is the family's `Config` with this run's overlay in it.
+    """
+
+    family: str | None = None  # file in lib/models; null: the run's own name
+    tokens: str | None = None  # the encoding it reads, a name of encode_tokens
+    model: Any = None  # overlay of model.<family> for this run
+    init_from: str | None = None  # folder of another run's final model: weights only, step 0
+    # length: the first that is given, in this order
+    steps: int | None = None
+    target_flops: float | None = None
+    param_data_ratio: float | None = None  # tokens per scaling parameter
+    batch_tokens: int | Literal["auto"] | None = None  # of one step over all ranks
+    # optimizer; a family may have rates of its own
+    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    lr: float = 3e-4  # peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices
+    grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
+    skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
+    # schedule
+    schedule: Literal["constant", "linear", "cosine", "warmdown", "base", "modern"] | None = None
+    warmup: int = 0  # steps
+    warmdown_ratio: float = 0.2  # share of the steps that `warmdown` falls over
+    final_lr: float = 0.0  # share of the peak that is left at the end
+    # average of the weights
+    ema_decay: float = 0.0  # 0 = none; else evaluation and the final model use the average
+    ema_ramp: bool = False  # min(decay, (1 + t) / (10 + t))
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
+    # what is looked at on the way
+    eval_every: int = 250  # steps between validations, 0 = only at the end
+    eval_bytes: int | None = None  # validation text of one of them, null = all
+    sample_every: int = 0  # steps between samples, 0 = none
+
+    def __post_init__(self) -> None:
+        counts = ("warmup", "skip_steps", "eval_every", "sample_every")
+        lengths = ("steps", "target_flops", "param_data_ratio", "eval_bytes")
+        shares = ("beta1", "beta2", "ema_decay")
+        batch = self.batch_tokens
+        refuse(
+            *((getattr(self, n) < 0, n, getattr(self, n), "use 0 or more") for n in counts),
+            *(
+                (x is not None and not x > 0, n, x, "use a number above 0, or null")
+                for n, x in ((n, getattr(self, n)) for n in lengths)
+            ),
+            *(
+                (not 0 <= getattr(self, n) < 1, n, getattr(self, n), "use 0 <= x < 1")
+                for n in shares
+            ),
+            (isinstance(batch, int) and batch < 1, "batch_tokens", batch, "use 1 or more"),
+            (not self.lr > 0, "lr", self.lr, "use a number above 0"),
+            (not self.eps > 0, "eps", self.eps, "use a number above 0"),
+            (self.weight_decay < 0, "weight_decay", self.weight_decay, "use 0 or more"),
+            ((self.grad_clip or 0) < 0, "grad_clip", self.grad_clip, "use 0 (off) or more"),
+            (
+                not 0 <= self.warmdown_ratio <= 1,
+                "warmdown_ratio",
+                self.warmdown_ratio,
+                "use 0 to 1",
+            ),
+            (not 0 <= self.final_lr <= 1, "final_lr", self.final_lr, "use 0 to 1"),
+            (
+                self.steps is not None and self.warmup > self.steps,
+                "warmup",
+                self.warmup,
+                f"at most steps, {self.steps}",
+            ),
+        )
+
+
+# ---------------------------------------------------------------- runtime: changes no result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Where weights are pushed while a run goes on; the token comes from HF_TOKEN or the login."""
+
+    repo: str  # owner/name
+    every_steps: int = 1000
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.repo.count("/") != 1, "repo", self.repo, "write owner/name"),
+            (self.every_steps < 1, "every_steps", self.every_steps, "use 1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Settings of the Weights & Biases tracker; WANDB_MODE of the environment wins over `mode`."""
+
+    project: str = "kumiki"
+    run_name: str | None = None  # null: the run's name
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How and where things run. Enters no fingerprint, is listed by no stage."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int = 2  # fixed: summation order must not follow the machine's core count
+    workers: int = 2  # processes of the data stages
+    eval_tokens: int | None = None  # padded tokens that evaluation runs at once, null: by device
+    download_workers: int = 4
+    executor: Literal["local", "ray"] = "local"
+    verify: Literal["stamp", "full"] = "stamp"  # full: hash every input at every start
+    log_every_s: float = 10.0  # seconds between progress lines where there is no terminal
+    allow_private_hosts: tuple[str, ...] = ()  # hosts that may resolve to private addresses
+    max_rate: int | None = None  # bytes per second of all downloads together
+    stop_grace_s: float = 60.0  # seconds a launcher waits after forwarding a signal
+    # training
+    device_batch_size: int | Literal["auto"] = "auto"  # most rows on one device at once
+    compile: bool = False  # torch.compile of what the family names
+    activation_checkpointing: bool = False  # recompute blocks in backward: less memory
+    attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
+    deterministic: bool = False  # GPU: slower kernels whose sums have one order (the CPU's always)
+    shard: Literal["none", "optimizer", "fsdp"] = "none"  # what ranks hold a part of
+    log_every: int = 10  # steps
+    checkpoint_every_steps: int = 500  # whichever comes first
+    checkpoint_every_minutes: float = 10.0
+    keep_last: int = 2  # checkpoints kept while a run goes on
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    wandb: Wandb = field(default_factory=Wandb)
+    hub: Hub | None = None
+
+    def __post_init__(self) -> None:
+        rows = self.device_batch_size
+        refuse(
+            (isinstance(rows, int) and rows < 1, "device_batch_size", rows, "use 1 or more"),
+            (self.log_every < 1, "log_every", self.log_every, "use 1 or more"),
+            (
+                self.checkpoint_every_steps < 1,
+                "checkpoint_every_steps",
+                self.checkpoint_every_steps,
+                "use 1 or more",
+            ),
+            (
+                not self.checkpoint_every_minutes > 0,
+                "checkpoint_every_minutes",
+                self.checkpoint_every_minutes,
+                "use a number above 0",
+            ),
+            (
+                self.keep_last < 2,
+                "keep_last",
+                self.keep_last,
+                "use 2 or more: a damaged checkpoint needs an older one behind it",
+            ),
+            (self.threads < 1, "threads", self.threads, "use 1 or more"),
+            (self.workers < 1, "workers", self.workers, "use 1 or more"),
+            (
+                self.eval_tokens is not None and self.eval_tokens < 1,
+                "eval_tokens",
+                self.eval_tokens,
+                "use 1 or more, or null",
+            ),
+            (self.download_workers < 1, "download_workers", self.download_workers, "use 1 or more"),
+        )
+
+
+# ---------------------------------------------------------------- eval, export
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsPerByte:
+    """How a long document is cut into windows (evaluation.md 2.3)."""
+
+    stride: int | None = None  # targets from one window to the next; null: half the context
+
+    def __post_init__(self) -> None:
+        bad = self.stride is not None and self.stride < 1
+        refuse((bad, "stride", self.stride, "use 1 or more, or null"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Section `eval`: how finished models are measured, the same way for all families."""
+
+    bpb: BitsPerByte = field(default_factory=BitsPerByte)
+    samples: bool = True  # texts of the model beside its numbers
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; auto: fp32 on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Section `export`: the layout of exported models."""
+
+    # auto: transformers' own class where it has the architecture, else auto_map, our code
+    form: Literal["auto", "native", "auto_map"] = "auto"
