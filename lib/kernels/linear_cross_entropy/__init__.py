@@ -61,7 +61,8 @@ def _check(h: Tensor, weight: Tensor, targets: Tensor, V: int) -> None:
         raise ValueError(f"vocab_size {V} does not fit weight {tuple(weight.shape)}")
 
 
-@torch.library.custom_op("kumiki::linear_cross_entropy", mutates_args=())
+# Named after the module: an exported copy of this file, opened in the same process, is another op.
+@torch.library.custom_op(f"kumiki::{__name__.replace('.', '_')}", mutates_args=())
 def _forward(
     h: Tensor,
     weight: Tensor,
