@@ -125,7 +125,9 @@ def test_the_operator_keeps_torchs_rules():
     """Fake shapes, schema and autograd registration; and a compiled graph without a break."""
     h, w, y = draw(10, 8, 12, 12, torch.float32)
     for scale in (None, torch.ones(10)):
-        torch.library.opcheck(torch.ops.kumiki.linear_cross_entropy, (h, w, y, scale, 12, 15.0, 4))
+        torch.library.opcheck(
+            torch.ops.kumiki.lib_kernels_linear_cross_entropy, (h, w, y, scale, 12, 15.0, 4)
+        )
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     grads = [
         torch.autograd.grad(f(h, w, y, softcap=15.0), h)[0]
