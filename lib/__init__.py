@@ -1,1 +1,1 @@
-"""Kumiki's library: everything worth testing. Imports go down only, see docs/architecture.md."""
+"""Kumiki's library: everything worth testing. Imports go down only (tests/test_dag.py)."""
