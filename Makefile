@@ -38,7 +38,7 @@ format: setup
 faults: setup  ## every crash point of every stage and of training (about half an hour)
 	KUMIKI_FAULTS_EVERY=1 python -m pytest -q -m "faults or slow" tests
 
-clean-state:  ## forget all working state and scratch: the next repro recomputes everything
+clean-state:  ## forget all working state and scratch; then `dvc repro -f` recomputes everything
 	rm -rf data/work checkpoints/*/work scratch
 
 setup: $(VENV)/.ready

@@ -230,7 +230,8 @@ def ensure(
         bad = damaged(folder, again)
         remedy = "its source has changed"
     else:
-        remedy = "run the stage that makes it again"
+        stage = {"tokens": "encode_tokens", "shards": "download_shards"}.get(folder.parent.name)
+        remedy = f"run `dvc repro -f {stage}`" if stage else "run the stage that makes it again"
     for name, found in bad.items():
         raise _different(folder / name, found, remedy)
 

@@ -28,7 +28,9 @@ class KumikiError(Exception):
         value: object = None,
         remedy: str | None = None,
     ) -> None:
-        self.what, self.file, self.value, self.remedy = what, file, value, remedy
+        # As text: errors cross process borders, and exceptions of libraries may not survive that.
+        self.value = None if value is None else str(value)
+        self.what, self.file, self.remedy = what, file, remedy
         super().__init__(what)
 
     def __str__(self) -> str:

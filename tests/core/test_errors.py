@@ -50,3 +50,9 @@ def test_f6_secrets_are_taken_out_of_every_message(monkeypatch):
     for secret in ("canary", "pw77", "abc&", "tok.en", "hf_a"):
         assert secret not in text, text
     assert "y=1" in text
+
+
+def test_a_value_that_cannot_cross_a_process_border_does_so_as_text():
+    """A library's exception as the value once ended a worker pool with a PicklingError."""
+    error = InputError("damaged", file="x.gz", value=ValueError(lambda: None))
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
