@@ -31,6 +31,10 @@ TINY: dict[str, list[dict]] = {
         {"depth": 2, "width": 16, "heads": 2, "context": T, "variant": "modern", "kv_heads": 1},
     ],
 }
+TINY["ramgpt"] = [
+    {"depth": 2, "width": 16, "heads": 2, "context": T},
+    {"depth": 2, "width": 16, "heads": 4, "context": T, "tie": False, "dropout": 0.1},
+]
 CASES = [
     pytest.param(name, i, id=f"{name}-{i}")
     for name in families()
@@ -60,7 +64,7 @@ def ids(rows: int, length: int) -> Tensor:
 
 def batch(rows: int) -> SimpleNamespace:
     tokens = ids(rows, T + 1)
-    return SimpleNamespace(tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0)
+    return SimpleNamespace(tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0, first_row=0)
 
 
 def test_families_are_the_files():

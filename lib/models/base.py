@@ -13,8 +13,9 @@ Letters: B batch, T context, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -27,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from lib.core.rng import torch_generator
 from lib.models import families, load_family
 
-__all__ = ["Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family"]
+__all__ = [
+    "Batch", "Defaults", "Family", "Group", "Native", "Optim", "build", "families", "load_family",
+]  # fmt: skip
 
 
 class Batch(Protocol):
@@ -36,6 +39,7 @@ class Batch(Protocol):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
     step: int
+    first_row: int  # number of its first row in the step, over all ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,20 @@ class Defaults:
     batch_tokens: int | Literal["auto"] = 2**19
 
 
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """A class that transformers has for the model: its config, and where our tensors stand there.
+
+    rows: our name -> rows that are written, where ours are padded. transposed: our names of
+    matrices that are stored (in, out) there.
+    """
+
+    config: Mapping[str, Any]
+    names: Mapping[str, str]  # theirs -> ours
+    rows: Mapping[str, int] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+
+
 class Family(nn.Module):
     """Working defaults of every optional method; a Model overrides what it does differently."""
 
@@ -92,6 +110,11 @@ class Family(nn.Module):
     attention: str = "auto"  # engine, runtime.attention; set before `place`
     activation_checkpointing = False  # recompute blocks in backward; set by the trainer
     max_context: int | None = None  # longest row it may be given, None = any
+    rows_share_draws = False  # masks follow the rows of a micro-batch, so a resumed run keeps those
+    # (model, device, dtype) -> engine over weights that stay in host memory, or None: they fit.
+    # Set before `place`; for families that offer lib.nn.stream's Streamable.
+    streamer: Callable[[Any, torch.device, torch.dtype], Any] | None = None
+    engine: Any = None
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
@@ -135,9 +158,21 @@ class Family(nn.Module):
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
-        self.to(device)
+        if self.streamer is not None:
+            self.engine = self.streamer(self, torch.device(device), dtype)
+        if self.engine is None:
+            self.to(device)
 
-    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+    @contextmanager
+    def in_place(self) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
+        """For inference: yields unit(a), inside which application a finds its weights."""
+        if self.engine is None:
+            yield nullcontext
+        else:
+            with self.engine.sweep() as unit:
+                yield unit
+
+    def run_block(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -162,6 +197,25 @@ class Family(nn.Module):
         """Schedule, clipping, horizon and batch where the run's settings leave them open."""
         return Defaults()
 
+    def group_rows(self, rows: int, share: int) -> int:
+        """Rows given to `losses` at once where a micro-batch has `rows` and a rank's step `share`.
+
+        A family that streams takes several micro-batches together and divides them itself.
+        """
+        return rows if self.engine is None else self.engine.group_rows(rows, share)
+
+    def run_updates(self, updates: Sequence[tuple[Sequence[str], Callable[[], None]]]) -> None:
+        """Make the updates of a step: names of parameters, and what changes them, in this order."""
+        if self.engine is not None:
+            self.engine.run_updates(updates)
+            return
+        for _, update in updates:
+            update()
+
+    def update_parts(self) -> Sequence[Sequence[str]]:
+        """Names of parameters that are updated by one call each, in order; () = all by one."""
+        return () if self.engine is None else self.engine.update_parts()
+
     def scaling_params(self) -> int:
         """Parameters that the horizon (tokens per parameter) counts."""
         return sum(p.numel() for p in self.parameters())
@@ -176,12 +230,16 @@ class Family(nn.Module):
         return 6 * sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in tables)
 
     def notes(self) -> list[str]:
-        """Lines for the log before step 0, such as the attention engine in use."""
-        return []
+        """Lines for the log before the first step, such as the attention engine in use."""
+        return [] if self.engine is None else self.engine.notes()
+
+    def engine_facts(self) -> dict[str, str]:
+        """What a checkpoint records of the engine in use; a change is told on resume."""
+        return {"stream": "off" if self.engine is None else self.engine.describe()}
 
     def log_scalars(self) -> dict[str, float]:
         """Extra numbers for the log line of this step, by name."""
-        return {}
+        return {} if self.engine is None else self.engine.log_scalars()
 
     def progress(self) -> str | None:
         """The family's own progress lines, printed below the step line."""
@@ -208,7 +266,14 @@ class Family(nn.Module):
         return {}
 
     def flush(self) -> None:
-        """Make the state on disk durable, before a manifest names it."""
+        """Make the state on disk durable, and updates whole, before a manifest names them."""
+        if self.engine is not None:
+            self.engine.flush()
+
+    def close(self) -> None:
+        """End what runs beside the model, when nobody needs it any more."""
+        if self.engine is not None:
+            self.engine.close()
 
     def sweep_end(self) -> bool:
         """True: commit a checkpoint before the next step."""

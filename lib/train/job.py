@@ -40,11 +40,12 @@ class Asked(Protocol):
 
 @dataclass(kw_only=True)
 class Batch:
-    """One micro-batch. tokens, targets: (rows, T) int64; step: updates made before it."""
+    """What `losses` is given. tokens, targets: (rows, T) int64; step: updates made before it."""
 
     tokens: Tensor
     targets: Tensor
     step: int
+    first_row: int = 0  # number of its first row in the step, over all ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
+from lib.core.errors import UserError
 from lib.core.params import typed
-from lib.core.run_settings import Runtime
+from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
-from lib.models.base import load_family
+from lib.models.base import Family, load_family
+from lib.nn.stream import Streaming, open_stream
 from lib.train import parallel
 from lib.train.final import write_final
 from lib.train.inputs import Data, require_context, take_weights
@@ -50,6 +53,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
     dtype = compute_dtype(settings.precision, device)
     parallel.start(device)
     push = HubPush(run.runtime.hub, run.warn) if run.runtime.hub and ranks.rank() == 0 else None
+    model = None
     try:
         data = Data.open(
             run.inputs["tokens"], run.inputs["tokenizer"], seed, full=run.runtime.verify == "full"
@@ -60,12 +64,18 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             model = module.Model(config, data.store.vocab_size)
         model.vocab_size = data.store.vocab_size
         model.attention = run.runtime.attention
+        request = Streaming(
+            runtime=run.runtime, context=data.store.context, averaged=settings.ema_decay > 0,
+            grad_dtype=getattr(torch, settings.grad_wire),
+        )  # fmt: skip
+        model.streamer = partial(open_stream, request=request)
         require_context(data.store.context, model)
         model.to_empty(device="cpu")
         model.init_weights(seed)
         if settings.init_from:
             take_weights(Path(settings.init_from), model, data.tokenizer.fingerprint)
         model.place(device, dtype)
+        require_wire(settings, model)
 
         def push_weights(step: int, weights: dict[str, Tensor]) -> None:
             if push is not None and push.is_due(step):
@@ -104,9 +114,21 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             warn=run.warn,
         )
     finally:
+        if model is not None:
+            model.close()
         if push is not None:
             push.close()
         parallel.stop()
+
+
+def require_wire(settings: Train, model: Family) -> None:
+    """UserError where gradients shall be rounded on a bus that they do not cross."""
+    if settings.grad_wire != "float32" and model.engine is None:
+        raise UserError(
+            "grad_wire is of streamed runs, and this one is not",
+            value=settings.grad_wire,
+            remedy="set grad_wire: float32, or runtime.stream: on",
+        )
 
 
 def parents_of(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Position:
 
     step: int = 0  # finished updates; batch(step) comes next
     best: dict[str, float] | None = None  # {"step", "bpb"} of the best validation so far
+    micro_rows: int = 0  # rows of a micro-batch, 0 before the first step
     skipped: int = 0  # updates left out for a non-finite gradient
     code_changes: list[str] = field(default_factory=list)  # files changed since it began
 

@@ -44,13 +44,18 @@ def train(job: Job) -> Outcome:
     groups = parallel.split_groups(model.param_groups(plan.optim))
     state = RunState(
         model=model,
-        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer"),
+        optimizer=build_optimizer(
+            groups,
+            shard=runtime.shard == "optimizer",
+            parts=model.update_parts(),
+            run=model.run_updates,
+        ),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype),
         device=device,
         position=Position(),
         checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
-        stack=stack_of(device, job.dtype),
+        stack={**stack_of(device, job.dtype), **model.engine_facts()},
         extra=job.extra,
     )
     observer = Observer(
@@ -58,18 +63,24 @@ def train(job: Job) -> Outcome:
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
         peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
-    rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world)
-    micro_batches = plan.rows // micro_rows  # of one step over all ranks
-    parameters = list(model.parameters())
+    rows, parameters = job.rows(plan), list(model.parameters())
     model.attach(job.work)
     observer.cut(state.resume(job.seed, job.log))
     position, scaler, optimizer = state.position, state.scaler, state.optimizer
+    share, micro_rows = plan.rows // world, plan.micro_rows(runtime, device, world)
+    if model.rows_share_draws and position.micro_rows not in (0, micro_rows):
+        micro_rows = position.micro_rows
+        job.log(f"keeps micro-batches of {micro_rows} rows: the masks follow them")
+    position.micro_rows = micro_rows
+    micro_rows = model.group_rows(micro_rows, share)
+    micro_batches = plan.rows // micro_rows  # of one step over all ranks
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
 
-    def backward(ids: Tensor, step: int) -> Tensor | None:
+    def backward(ids: Tensor, step: int, first_row: int = 0) -> Tensor | None:
         """Gradients of one micro-batch, added; its loss, or None where the family yields none."""
-        batch, total = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=step), None
+        batch = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=step, first_row=first_row)
+        total = None
         losses = iter(model.losses(batch))
         while True:
             with autocast(device, job.dtype):
@@ -107,10 +118,12 @@ def train(job: Job) -> Outcome:
             state.check_space()
             # A family with files of its own would change them.
             seconds = 0.0 if model.describe() else dry_step()
+            lines = model.notes()
             if position.step == 0:
-                lines = describe(plan, model, runtime, device, seconds)
-                for line in [*lines, f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]:
-                    job.log(line)
+                lines += describe(plan, model, micro_rows, device, seconds)
+                lines += [f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]
+            for line in lines:
+                job.log(line)
         committed, committed_at = position.step, time.monotonic()
         observer.begin(position.step)
         batches = rows.prefetch(position.step, plan.steps, rank, world)
@@ -118,7 +131,9 @@ def train(job: Job) -> Outcome:
             for step, ids in enumerate(arrays, start=position.step):
                 # ---- gradients of the whole batch
                 parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
-                seen = [loss for part in parts if (loss := backward(part, step)) is not None]
+                first_rows = range(rank * share, (rank + 1) * share, micro_rows)
+                losses = [backward(p, step, n) for p, n in zip(parts, first_rows, strict=True)]
+                seen = [loss for loss in losses if loss is not None]
                 parallel.sum_gradients(parameters)
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 norm = parallel.global_norm(gradients).to(device) / scaler.scale
