@@ -195,10 +195,12 @@ class Bind(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, made: Pass) -> Tensor:
+        """The mean loss of the group."""
         ctx.made = made
         return made.forward()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
+        """Every gradient to the host; nothing flows on."""
         ctx.made.backward(upstream[0])
         return None, None
