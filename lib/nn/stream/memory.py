@@ -77,6 +77,7 @@ class HostUnit:
         self.gradient_size = grad_bytes // FP32.itemsize  # elements, gaps included
         self.wire = torch.empty(0, dtype=torch.uint8)  # a part of the slab, once there is one
         self.gradient = torch.zeros(self.gradient_size)  # pages that nothing touched cost nothing
+        self.updates = 0  # that torch's fused AdamW made: it leaves no trace in a tensor's version
         self._written = -1  # version of the masters in the wire
 
     def _gather(self, own: Mapping[str, tuple[torch.Size, torch.dtype]]) -> Tensor:
@@ -96,7 +97,7 @@ class HostUnit:
     @property
     def version(self) -> int:
         """Rises with every change of a master: updates, averages swapped in, weights loaded."""
-        return sum(p._version for p in self.parameters.values())
+        return self.updates + sum(p._version for p in self.parameters.values())
 
     def is_written(self) -> bool:
         """Whether the wire holds the masters of now."""

@@ -104,6 +104,7 @@ class Engine:
         overlaps = runtime.stream_overlap_optimizer == "auto" and not request.averaged
         self._worker = ThreadPoolExecutor(1, "stream updates") if overlaps else None
         self._pending: dict[int, Future] = {}
+        self._hook = model.register_state_dict_pre_hook(lambda *_: self.flush())
 
     # ------------------------------------------------------------ what a model calls
 
@@ -207,21 +208,21 @@ class Engine:
     def run_updates(self, updates: Sequence[Update]) -> None:
         """Make the optimizer's updates in order, beside the next forward where that is allowed."""
         self.flush()
-        if self._worker is None:
-            for _, update in updates:
-                update()
-            return
         named = dict(self.model.named_parameters())
         for names, update in updates:
-            touched = {self._unit_of[id(named[name])] for name in names}
-            done = self._worker.submit(self._update, update, sorted(touched))
-            self._pending.update(dict.fromkeys(touched, done))
+            touched = sorted({self._unit_of[id(named[name])] for name in names})
+            if self._worker is None:
+                self._update(update, touched)
+            else:
+                done = self._worker.submit(self._update, update, touched)
+                self._pending.update(dict.fromkeys(touched, done))
 
     @torch.no_grad()
     def _update(self, update: Callable[[], None], touched: Sequence[int]) -> None:
-        with torch.no_grad():
-            update()
+        """OPT and WIRE of the units that an update touches."""
+        update()
         for number in touched:
+            self.units[number].updates += 1
             self.units[number].write_wire()
 
     def flush(self) -> None:
@@ -232,6 +233,7 @@ class Engine:
 
     def close(self) -> None:
         """End threads and registrations."""
+        self._hook.remove()
         self.executor.close()
         if self._worker is not None:
             self._worker.shutdown()
