@@ -239,3 +239,4 @@ class Export:
 
     # auto: transformers' own class where it has the architecture, else auto_map, our code
     form: Literal["auto", "native", "auto_map"] = "auto"
+    gguf: bool = False  # model.gguf beside it, by llama.cpp's converter

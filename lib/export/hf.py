@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lib.core import files
 from lib.core.errors import InputError, UserError, redact
+from lib.export.gguf import has_gguf
 from lib.models.base import Native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +235,9 @@ def _card(what: Exportable, config: dict[str, Any], form: str) -> str:
     trust = ", trust_remote_code" + "=True" if "auto_map" in config else ""
     params = sum(p.numel() for p in what.model.parameters())
     start = "" if what.tokenizer.bos_id is None else " Begin every text with the bos token."
+    gguf = "There is no GGUF form: llama.cpp has no such graph."
+    if has_gguf(config["architectures"][0]):
+        gguf = "A GGUF form: `python convert_hf_to_gguf.py FOLDER --outfile model.gguf`."
     rows = {
         "family": what.family,
         "parameters": f"{params:,}",
@@ -265,8 +269,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 ```
 
-`kumiki generate FOLDER --prompt TEXT` opens the same folder. There is no GGUF form: its converter
-has no such graph.
+`kumiki generate FOLDER --prompt TEXT` opens the same folder. {gguf}
 """
 
 
