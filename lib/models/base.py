@@ -69,6 +69,7 @@ class Group:
     eps: float = 1e-8
     weight_decay: float = 0.0
     iteration_dtype: torch.dtype = torch.bfloat16  # in which muon orthogonalises
+    scheduled: bool = True  # False: `lr` holds throughout (rule adamw only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,13 @@ class Family(nn.Module):
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
         self.to(device)
+
+    def weights_taken(self) -> None:
+        """Called where a run begins with another one's weights: hold what would start anew."""
+
+    def exported(self) -> tuple[Any, Family]:
+        """(Config, model) as an export writes them, without what only training needs."""
+        return getattr(self, "config", None), self
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""

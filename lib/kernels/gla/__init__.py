@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.kernels.gla import reference
+from lib.kernels.gla.reference import backward, forward
 
 
 def gla(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,10 +26,11 @@ def gla(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, s0: Tensor) -> tuple[Ten
 class _Gla(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_a, s0):
-        out, s_end, before = reference.forward(q, k, v, log_a, s0)
+        out, s_end, before = forward(q, k, v, log_a, s0)
         ctx.save_for_backward(q, k, v, log_a, before, s_end)
         return out, s_end
 
     @staticmethod
     def backward(ctx, dout, ds_end):
-        return reference.backward(*ctx.saved_tensors, dout, ds_end)
+        q, k, v, log_a, before, s_end = ctx.saved_tensors
+        return backward(q, k, v, log_a, before, s_end, dout, ds_end)

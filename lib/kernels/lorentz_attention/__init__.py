@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.kernels.lorentz_attention import reference
+from lib.kernels.lorentz_attention.reference import backward, forward
 
 
 def lorentz_attention(
@@ -41,7 +41,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, beta: Tensor, wind
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, c, beta, window):
-        out, lse = reference.forward(q, k, v, c, beta, window)
+        out, lse = forward(q, k, v, c, beta, window)
         ctx.save_for_backward(q, k, v, c, beta, out, lse)
         ctx.window = window
         return out
@@ -49,4 +49,4 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, c, beta, out, lse = ctx.saved_tensors
-        return *reference.backward(q, k, v, c, beta, ctx.window, out, lse, dout), None
+        return *backward(q, k, v, c, beta, ctx.window, out, lse, dout), None

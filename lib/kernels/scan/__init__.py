@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.kernels.scan import reference
+from lib.kernels.scan.reference import backward, forward
 
 
 def scan(log_a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,10 +25,11 @@ def scan(log_a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_a, b, h0):
-        h = reference.forward(log_a, b, h0)
+        h = forward(log_a, b, h0)
         ctx.save_for_backward(log_a, h, h0)
         return h
 
     @staticmethod
     def backward(ctx, dh):
-        return reference.backward(*ctx.saved_tensors, dh)
+        log_a, h, h0 = ctx.saved_tensors
+        return backward(log_a, h, h0, dh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.kernels.tt_gather import reference
+from lib.kernels.tt_gather.reference import backward, forward
 
 
 def tt_gather(cell: Tensor, C1: Tensor, C2: Tensor, width: int) -> Tensor:
@@ -26,8 +26,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, C1, C2, width):
         ctx.save_for_backward(cell, C1, C2)
-        return reference.forward(cell, C1, C2, width)
+        return forward(cell, C1, C2, width)
 
     @staticmethod
     def backward(ctx, dout):
-        return None, *reference.backward(*ctx.saved_tensors, dout), None
+        cell, C1, C2 = ctx.saved_tensors
+        return None, *backward(cell, C1, C2, dout), None

@@ -11,8 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lib.kernels.tt_linear_cross_entropy import reference
-from lib.kernels.tt_linear_cross_entropy.reference import Head, first_indices
+from lib.kernels.tt_linear_cross_entropy.reference import (
+    Head,
+    first_indices,
+    gradients,
+    losses,
+    whole,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -76,10 +81,10 @@ class _Loss(torch.autograd.Function):
         ctx.whole = scale is not None and block >= len(C1)
         if ctx.whole:
             needed = scale if any(ctx.needs_input_grad[:3]) else None
-            each, *grads = reference.whole(h, head, targets, needed, softcap=softcap)
+            each, *grads = whole(h, head, targets, needed, softcap=softcap)
             ctx.save_for_backward(*grads)
         else:
-            each, lse = reference.losses(h, head, targets, softcap=softcap, block=block)
+            each, lse = losses(h, head, targets, softcap=softcap, block=block)
             ctx.save_for_backward(h, C1, C2, targets, cells, scale, lse)
         return each if scale is None else each * scale
 
@@ -92,7 +97,5 @@ class _Loss(torch.autograd.Function):
             vocab_size, softcap, block = ctx.sizes
             head = Head(C1, C2, cells, vocab_size, h.shape[1])
             upstream = upstream if scale is None else upstream * scale
-            grads = reference.gradients(
-                h, head, targets, lse, upstream, softcap=softcap, block=block
-            )
+            grads = gradients(h, head, targets, lse, upstream, softcap=softcap, block=block)
         return *grads, None, None, None, None, None, None
