@@ -153,9 +153,9 @@ class Family(nn.Module):
     def weights_taken(self) -> None:
         """Called where a run begins with another one's weights: hold what would start anew."""
 
-    def exported(self) -> tuple[Any, Family]:
+    def exported(self, config: Any) -> tuple[Any, Family]:
         """(Config, model) as an export writes them, without what only training needs."""
-        return getattr(self, "config", None), self
+        return config, self
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
