@@ -395,9 +395,9 @@ class Model(Family):
         return rank.weight * (self._expected_share() - rank.target).clamp(min=0).square()
 
     @torch.no_grad()
-    def exported(self) -> tuple[Config, Family]:
+    def exported(self, config: Config) -> tuple[Config, Family]:
         """Without channels that are off and without phases: equal logits, fewer parameters."""
-        config, state = self.config, self.state_dict()
+        state = self.state_dict()
         if (z := self._channel_gates()) is not None:
             kept = [row.nonzero().squeeze(1) for row in z > 0.5]
             for i, index in enumerate(kept):

@@ -189,11 +189,11 @@ class Model(Family):
         return self.table.loss(self.hidden(tokens)[0], targets, "none")
 
     @torch.no_grad()
-    def exported(self) -> tuple[Config, Family]:
+    def exported(self, config: Config) -> tuple[Config, Family]:
         """Without phases: equal logits."""
-        if not self.config.tt_phase or not isinstance(self.table, TensorTrain):
-            return self.config, self
-        config, state = replace(self.config, tt_phase=False), self.state_dict()
+        if not config.tt_phase or not isinstance(self.table, TensorTrain):
+            return config, self
+        config, state = replace(config, tt_phase=False), self.state_dict()
         state["table.C1"], _ = self.table.cores()
         del state["table.theta"]
         with torch.device("meta"):
