@@ -55,7 +55,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
-    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # of the matrices
     batch_tokens: int = 2**19  # tokens of one optimizer step over all ranks
     steps: int = 1  # steps of the whole run
     param_data_ratio: float | None = None  # tokens per scaling parameter, where the run sets it
@@ -66,13 +66,14 @@ class Optim:
 class Group:
     """Parameters under one rule. `lr` is the peak: the schedule multiplies it.
 
-    adamw: decoupled decay, epsilon after the bias correction. muon, normuon: lib.train.optim;
-    `betas[1]` is normuon's, the momentum comes from the schedule, `weight_decay` is scheduled too.
+    adamw: decoupled decay, epsilon after the bias correction; adamw8bit: its moments in a byte
+    each, by an optional library. muon, normuon: lib.train.optim; `betas[1]` is normuon's, the
+    momentum comes from the schedule, `weight_decay` is scheduled too.
     """
 
     name: str
     params: Mapping[str, nn.Parameter]
-    rule: Literal["adamw", "muon", "normuon"] = "adamw"
+    rule: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
