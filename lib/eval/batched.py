@@ -10,7 +10,7 @@ Letters: B rows, n positions, V vocabulary, N scored ids.
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -165,7 +165,9 @@ class Answerer:
         while todo:
             batch = todo[:most]
             inputs = [example.tails[j][:-1] for j in batch]
-            marks = [(max(0, example.spans[j][0] - 1 - n), len(example.tails[j]) - 1) for j in batch]
+            marks = [
+                (max(0, example.spans[j][0] - 1 - n), len(example.tails[j]) - 1) for j in batch
+            ]
             repeated = self.model.repeat_state(state, len(batch))  # type: ignore[attr-defined]  # `share`
             made = self._run(inputs, marks, repeated)
             if made is None:
@@ -175,10 +177,8 @@ class Answerer:
             for j, rows in zip(batch, made[0], strict=True):
                 logits[j].append(rows)
             todo = todo[len(batch) :]
-        none = first[:0]
-        return [
-            self._score(task, example, j, torch.cat(logits[j] or [none])) for j in range(len(logits))
-        ]
+        joined = [torch.cat(logits[j] or [first[:0]]) for j in range(len(logits))]
+        return [self._score(task, example, j, z) for j, z in enumerate(joined)]
 
     def _beginning(self, ids: np.ndarray, longest: int) -> tuple[Tensor, Any]:
         """Logits (1, V) after `ids`, and the state; in pieces that keep to the budget."""
@@ -250,15 +250,11 @@ class Answerer:
         self.warn(f"out of memory, going on with {self.budget_tokens} tokens a batch")
 
 
-class _named:  # noqa: N801  # a context manager, read as a phrase
+@contextlib.contextmanager
+def _named(task: Task, example: Example) -> Iterator[None]:
     """Complaints about an example name its task and row."""
-
-    def __init__(self, task: Task, example: Example) -> None:
-        self.text = f"task {task.label}, line {example.row}"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, InputError) and error.value is None:
-            raise InputError(error.what, value=self.text, remedy=error.remedy) from error
+    try:
+        yield
+    except InputError as error:
+        where = f"task {task.label}, line {example.row}"
+        raise InputError(error.what, value=where, remedy=error.remedy) from error

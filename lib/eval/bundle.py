@@ -147,7 +147,8 @@ def _entry(path: Path, number: int, entry: Any) -> tuple[str, str, int, Kind, st
     if not isinstance(entry, dict):
         raise _bad_index(path, here, "write a mapping")
     label, uri, shots = (entry.get(k) for k in ("label", "dataset_uri", "num_fewshot"))
-    kind, delimiter = entry.get("icl_task_type"), entry.get("continuation_delimiter", " ")
+    kind: Any = entry.get("icl_task_type")
+    delimiter = entry.get("continuation_delimiter", " ")
     if not isinstance(label, str) or not re.fullmatch(r"\w[\w.-]{0,99}", label):
         raise _bad_index(path, f"label {label!r} ({here})", "use letters, digits, - and _")
     if not isinstance(uri, str) or not uri or _leaves(uri):

@@ -1,7 +1,7 @@
 """CORE's scores and decisions as a definition: one prompt at a time, all its logits.
 
-In:    a model of the family contract, examples.   Out: per prompt, the nats of its span and what the
-       model would have said; per example, a decision (evaluation.md 3.8, 3.9).
+In:    a model of the family contract, examples.   Out: per prompt, the nats of its span and what
+       the model would have said; per example, a decision (evaluation.md 3.8, 3.9).
 Rule:  this file is the specification. The fast path (batched.py) must decide the same on every
        example, and asks here again where two answers are nearly equal.
 Letters: V vocabulary, N scored ids.
