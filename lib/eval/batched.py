@@ -26,7 +26,9 @@ from lib.eval.prompts import Example
 from lib.eval.reference import Answer, Scores
 from lib.eval.scorer import LOGIT_BYTES, ran_out_of_memory
 
-CPU_TOKENS, DEVICE_TOKENS = 4096, 65_536  # of a batch where nobody says otherwise
+# Padded tokens of a batch where nobody says otherwise. On a CPU short rows go by few, whose logits
+# stay in its caches; a long beginning by many, since a piece looks back at all before it.
+CPU_ROWS, CPU_TOKENS, DEVICE_TOKENS = 1024, 4096, 65_536
 # A beginning is run apart where that spares this many ids: below, one more call costs more.
 SHARE_LEAST = 96
 TAU = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2}  # nats, or of logits
@@ -74,6 +76,7 @@ class Answerer:
 
     def __post_init__(self) -> None:
         on_cpu = torch.device(self.device).type == "cpu"
+        self.row_tokens = CPU_ROWS if on_cpu and not self.budget_tokens else None
         self.budget_tokens = self.budget_tokens or (CPU_TOKENS if on_cpu else DEVICE_TOKENS)
         self.share = self.share and hasattr(self.model, "repeat_state")
         self.calls = 0  # of the model, for tests and benchmarks
@@ -141,7 +144,7 @@ class Answerer:
         done = 0
         while done < len(rows):
             longest = rows[done][0].length(rows[done][1])
-            batch = rows[done : done + self._most_rows(longest)]
+            batch = rows[done : done + self._most_rows(longest, self.row_tokens)]
             inputs = [example.ids(j)[:-1] for example, j in batch]  # the last id predicts nothing
             spans = [example.spans[j] for example, j in batch]
             marks = [(start - 1, stop - 1) for start, stop in spans]
@@ -234,8 +237,8 @@ class Answerer:
         assert self.budget_tokens is not None
         return self.budget_tokens
 
-    def _most_rows(self, longest: int) -> int:
-        most = min(self._budget(), LOGIT_BYTES // (4 * self.vocab_size))
+    def _most_rows(self, longest: int, limit: int | None = None) -> int:
+        most = min(self._budget(), LOGIT_BYTES // (4 * self.vocab_size), limit or self._budget())
         return max(1, most // max(1, longest))
 
     def _halve(self, rows: int, longest: int) -> None:

@@ -207,7 +207,7 @@ def by_sum(record: Record) -> bool:
 def core_numbers(
     bundle: Bundle, tasks: Sequence[dict[str, Any]], cap: int
 ) -> dict[str, float | None]:
-    """`core`, `core_v2` of the 22 original tasks, whole; else `core_partial` (evaluation.md 3.13)."""
+    """`core`, `core_v2` of the 22 original tasks, whole; else `core_partial` (section 3.13)."""
     v1, v2 = (mean([task[name] for task in tasks]) for name in ("centered", "centered_v2"))
     if bundle.is_original() and not bundle.missing and not cap:
         return {"core": v1, "core_v2": v2, "core_partial": None}

@@ -85,7 +85,7 @@ def draw_shots(total: int, i: int, shots: int) -> list[int]:
 def prompt_texts(task: Task, rows: Sequence[Row], i: int) -> list[str]:
     """One text per choice; for language modelling without and with the continuation."""
     chosen = draw_shots(len(rows), i, task.shots)
-    head = "".join(_solved(task, rows[j]) + "\n\n" for j in chosen)
+    head = "".join(solved(task, rows[j]) + "\n\n" for j in chosen)
     row, between = rows[i], task.delimiter
     if task.kind == "language_modeling":
         before = head + row.contexts[0].strip() + between
@@ -93,7 +93,7 @@ def prompt_texts(task: Task, rows: Sequence[Row], i: int) -> list[str]:
     return [head + c + between + a for c in row.contexts for a in row.continuations]
 
 
-def _solved(task: Task, row: Row) -> str:
+def solved(task: Task, row: Row) -> str:
     """A row with its right answer."""
     if task.kind == "multiple_choice":
         return row.contexts[0] + task.delimiter + row.continuations[row.gold]
