@@ -1,4 +1,4 @@
-"""`kumiki harness`: lm-evaluation-harness on one model, its figures beside ours (evaluation.md 7)."""
+"""`kumiki harness`: lm-evaluation-harness on one model, its figures beside ours (section 7)."""
 
 from __future__ import annotations
 
