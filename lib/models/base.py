@@ -97,6 +97,14 @@ class Family(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
+    def logits_at(self, tokens: Tensor, where: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits (N, V) of the N positions that `where` (B, n) bool marks, in row order; the state.
+
+        A family with a large head overrides it, so that no other logits are computed.
+        """
+        logits, state = self(tokens, state)
+        return logits[where], state
+
     # ------------------------------------------------------------ losses
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
