@@ -124,6 +124,14 @@ class Family(nn.Module):
         )
         return flat.view_as(targets)
 
+    def exit_logits(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Logits (B, T, V) at every depth of thought at which the model may stop, in one pass."""
+        yield self(tokens)[0]
+
+    def exit_flops(self, T: int) -> list[int]:
+        """Inference FLOPs of one token at each of these depths."""
+        return [self.flops_per_token(T) // 3]
+
     # ------------------------------------------------------------ weights and place
 
     def init_weights(self, seed: int) -> None:
@@ -144,6 +152,9 @@ class Family(nn.Module):
         """Fill buffers: a family that registers some overrides this, meta tensors hold nothing."""
         names = [name for name, _ in self.named_buffers()]
         assert not names, f"{type(self).__name__} must fill its buffers {names} in init_buffers"
+
+    def refuse_weights(self, config: Any) -> None:
+        """UserError where weights trained under `config` mean another model, shapes apart."""
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
@@ -196,7 +207,7 @@ class Family(nn.Module):
         return []
 
     def log_scalars(self) -> dict[str, float]:
-        """Extra numbers for the log line of this step, by name."""
+        """Extra numbers by name: for the log line of this step, or a generation's footer."""
         return {}
 
     def progress(self) -> str | None:
