@@ -1,7 +1,7 @@
 """evaluate --run <run>: a finished model x the validation documents -> its numbers and samples.
 
 In:  checkpoints/<run>/final, the documents and token files behind its training.
-Out: metrics/<run>/eval.json; beside it eval_record.json and samples.json.
+Out: metrics/<run>/eval.json; beside it eval_record.json, samples.json and depth.csv.
 Note: a killed run continues at the block of documents it was scoring.
 """
 

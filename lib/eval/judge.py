@@ -2,7 +2,7 @@
 
 In:    a finished model, the documents, the token files that it was trained on.
 Out:   eval.json (nine numbers, the same keys for every family), eval_record.json (all that they
-       were made from), samples.json. No time, rate, device or path in any of them.
+       were made from), samples.json, depth.csv. No time, rate, device or path in any of them.
 Rule:  every rank scores, rank 0 writes; what belongs together is compared by hash (inputs.py)
        before the first forward pass.
 """
@@ -10,7 +10,7 @@ Rule:  every rank scores, rank 0 writes; what belongs together is compared by ha
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,13 +19,15 @@ from lib.core.errors import InputError, UserError
 from lib.core.stage import Run
 from lib.eval import baselines, bpb
 from lib.eval.bpb import LEAST_BYTES, Measured, Ranks
+from lib.eval.depth import ExitScorer, write_depth
 from lib.eval.inputs import Inputs
 from lib.eval.scorer import Rules, Scorer
 from lib.export.samples import language_of, make_samples
 from lib.train import parallel
 from lib.train.precision import pick_device
 
-RECORD, SAMPLES = "eval_record.json", "samples.json"
+RECORD, SAMPLES, DEPTH = "eval_record.json", "samples.json", "depth.csv"
+S = TypeVar("S", bound=Scorer)
 
 
 def evaluate(run: Run) -> None:
@@ -54,6 +56,8 @@ def evaluate(run: Run) -> None:
     run.log(f"bits per byte: {said} on {measured.total_bytes:,} bytes; beside it {told}")
     beside = run.files_beside("records")
     files.write_json(beside / RECORD, record)
+    exits = scorer_of(ExitScorer, run, inputs, model, rules, device, dtype)
+    write_depth(beside / DEPTH, measured, exits, inputs.texts(), inputs.tokenizer)
     if settings.samples:
         start = time.perf_counter()
         b = rules.boundary_id
@@ -96,15 +100,7 @@ def measure_text(
         )
     if not inputs.tokenizer.lossless:
         return bpb.count_only(inputs.texts(), inputs.tokenizer)
-    scorer = Scorer(
-        model=model,
-        rules=rules,
-        token_bytes=inputs.tokenizer.token_bytes,
-        device=device,
-        dtype=dtype,
-        budget_tokens=run.runtime.eval_tokens,
-        warn=run.warn,
-    )
+    scorer = scorer_of(Scorer, run, inputs, model, rules, device, dtype)
     with run.progress(total, "bytes") as advance:
         return bpb.measure(
             inputs.texts(),
@@ -114,6 +110,21 @@ def measure_text(
             units=run.units,
             advance=advance,
         )
+
+
+def scorer_of(
+    kind: type[S], run: Run, inputs: Inputs, model: Any, rules: Rules, device: Any, dtype: Any
+) -> S:
+    """A scorer of `kind` as the run's settings have it."""
+    return kind(
+        model=model,
+        rules=rules,
+        token_bytes=inputs.tokenizer.token_bytes,
+        device=device,
+        dtype=dtype,
+        budget_tokens=run.runtime.eval_tokens,
+        warn=run.warn,
+    )
 
 
 def record_of(

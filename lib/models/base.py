@@ -101,6 +101,7 @@ class Family(nn.Module):
     attention: str = "auto"  # engine, runtime.attention; set before `place`
     activation_checkpointing = False  # recompute blocks in backward; set by the trainer
     max_context: int | None = None  # longest row it may be given, None = any
+    trained_depth = 1  # of thought: the exit that training aims at
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""

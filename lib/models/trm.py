@@ -126,6 +126,13 @@ class Config:
         return self.counts[2] * sum(self.joins)
 
     @property
+    def steps(self) -> int:
+        """Depth of thought as trained: supervision steps, a twin's likewise; else loops."""
+        if self.variant == "plain":
+            return 1
+        return self.counts[2] if self.variant == "trm" or self.match else self.calls
+
+    @property
     def blocks(self) -> int:
         """Blocks with weights of their own."""
         every = self.variant == "plain" and self.match is not None and self.equal == "flops"
@@ -353,8 +360,7 @@ class Model(Family):
             self.halt_head = nn.Linear(d, 1)
         if recursive and config.halt == "pooled":
             self.halt_norm = nn.LayerNorm(d)
-        # Supervision steps, or loops; at use it may be another number (`set_depth`).
-        self.depth = config.counts[2] if recursive else config.calls
+        self.depth = self.trained_depth = config.steps  # at use the first may be another number
         self._losses: list[Tensor] = []  # unweighted, of the last batch
         self._thought = [0.0, 0, 0.0]  # since `set_depth`: exit steps, positions, heads beside one
 
@@ -387,8 +393,7 @@ class Model(Family):
 
     def call(self, u: Tensor, tape: Tape) -> Tensor:
         """f(u) with its K/V on the tape."""
-        step = len(self.blocks) * sum(self.config.joins)
-        past = tape.past(len(self.blocks), step) if tape.keep else None
+        past = tape.past(len(self.blocks), self._per_step) if tape.keep else None
         u, kept = self.f(u, tape.rope, past)
         tape.add(kept)
         return u
@@ -405,9 +410,11 @@ class Model(Family):
         return y, z
 
     def advance(self, x: Tensor, y: Tensor, z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """One supervision step (T_d times R), or one loop of a twin (z plays no part there)."""
+        """One supervision step: T_d times R; a twin makes as many calls (z plays no part there)."""
         if self.config.variant != "trm":
-            return self.call(y + x, tape), z
+            for _ in range(self.config.calls // self.trained_depth):
+                y = self.call(y + x, tape)
+            return y, z
         T_d, truncated = self.config.counts[1], self.config.grad == "last"
         for t in range(T_d):
             wanted = torch.is_grad_enabled() and (not truncated or t == T_d - 1)
@@ -454,7 +461,7 @@ class Model(Family):
         before: Tensor | None = None
         for s in range(1, self.depth + 1):
             if tape.halted is not None and bool(tape.halted.all()):
-                tape.repeat_last(len(self.blocks) * sum(self.config.joins))
+                tape.repeat_last(self._per_step)
                 continue
             new_y, new_z = self.advance(x, y, z, tape)
             if tape.halted is not None:
@@ -478,6 +485,11 @@ class Model(Family):
             )
 
     @property
+    def _per_step(self) -> int:
+        """Block applications of one step."""
+        return self.config.applications // self.trained_depth
+
+    @property
     def _halts(self) -> bool:
         return self.config.variant == "trm" and self.config.halt in ("q", "kl")
 
@@ -497,7 +509,7 @@ class Model(Family):
 
     @torch.no_grad()
     def exit_logits(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Logits after every step (looped: loop) up to twice the trained depth, in one pass."""
+        """Logits after every step up to twice the trained depth, in one pass."""
         self._require_room(tokens.shape[1])
         x = self.embed(tokens)
         (y, z), tape = self.first(x), Tape(self.rope(0, tokens.shape[1], x))
@@ -507,17 +519,12 @@ class Model(Family):
 
     def exit_flops(self, T: int) -> list[int]:
         """Inference FLOPs a token at each exit."""
-        trained = self._trained_depth
-        steps = 1 if self.config.variant == "plain" else 2 * trained
-        one = forward_flops(self.config, T) // trained
+        steps = 1 if self.config.variant == "plain" else 2 * self.trained_depth
+        one = forward_flops(self.config, T) // self.trained_depth
         return [s * one + 2 * self.vocab_size * self.config.width for s in range(1, steps + 1)]
 
-    @property
-    def _trained_depth(self) -> int:
-        return self.config.counts[2] if self.config.variant == "trm" else self.config.calls
-
     def set_depth(self, depth: int) -> None:
-        """Think `depth` supervision steps (looped: loops) from now on; UserError if it cannot."""
+        """Think `depth` steps from now on; UserError where it cannot."""
         if depth < 1 or self.config.variant == "plain":
             raise UserError(
                 "not possible", value=f"depth is {depth}",
@@ -541,7 +548,7 @@ class Model(Family):
             if y is None or z is None:
                 y, z = self.first(x)
             y, z = self.advance(x, y, z, Tape(rope))
-            if not weight:  # a loop of a twin: its gradient goes through all of them
+            if not weight:  # a twin's gradient goes through all of its loops
                 continue
             loss = self._cross_entropy(y, targets, "mean")
             self._losses.append(loss.detach())
@@ -552,9 +559,9 @@ class Model(Family):
                 yield STEP
 
     def loss_weights(self) -> list[float]:
-        """w_s, 0 for the loops of a twin that have no loss."""
+        """w_s; the steps of a twin have one loss, at the end."""
         if self.config.variant != "trm":
-            return [0.0] * (self.config.calls - 1) + [1.0]
+            return [0.0] * (self.trained_depth - 1) + [1.0]
         N, linear = self.config.counts[2], self.config.supervision_weights == "linear"
         return [2 * s / (N * (N + 1)) if linear else 1 / N for s in range(1, N + 1)]
 
@@ -679,7 +686,7 @@ class Model(Family):
         steps, positions, _ = self._thought
         if self.config.variant == "plain" or not positions:
             return {}
-        told = {"depth": float(self.depth), "trained_depth": float(self._trained_depth)}
+        told = {"depth": float(self.depth), "trained_depth": float(self.trained_depth)}
         if self._halts and self.config.halt_tau > 0:
             told["mean_exit"] = steps / positions
             told["flops_saved"] = self._saved(steps / positions)
@@ -688,6 +695,6 @@ class Model(Family):
     def _saved(self, mean_exit: float) -> float:
         """Share of the FLOPs a token that stopping early leaves out; kl pays a head a step."""
         h = 2 * self.vocab_size * self.config.width
-        one = forward_flops(self.config, self.config.context) / self._trained_depth
+        one = forward_flops(self.config, self.config.context) / self.trained_depth
         heads = mean_exit if self.config.halt == "kl" else 1
         return 1 - (mean_exit * one + heads * h) / (self.depth * one + h)

@@ -88,8 +88,8 @@ def make_schedule(
 
     constant | linear | cosine (fall from the end of warm-up) | warmdown (the last share falls
     linearly): warmup and final as given; triangle is linear with one step at the peak and the last
-    one at `final`, as in TRM's published recipe. base, modern: the two eras' own values; warmup, ratio and
-    final play no part. UserError: an unknown name, steps < 1, warm-up beyond the end.
+    one at `final`, as in TRM's published recipe. base, modern: the two eras' own values; warmup,
+    ratio and final play no part. UserError: an unknown name, steps < 1, warm-up beyond the end.
     """
     if name not in SCHEDULES:
         raise UserError("unknown schedule", value=name, remedy=f"choose {', '.join(SCHEDULES)}")
