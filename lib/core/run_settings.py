@@ -40,7 +40,9 @@ class Train:
     grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
     skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
     # schedule
-    schedule: Literal["constant", "linear", "cosine", "warmdown", "base", "modern"] | None = None
+    schedule: (
+        Literal["constant", "linear", "triangle", "cosine", "warmdown", "base", "modern"] | None
+    ) = None
     warmup: int = 0  # steps
     warmdown_ratio: float = 0.2  # share of the steps that `warmdown` falls over
     final_lr: float = 0.0  # share of the peak that is left at the end

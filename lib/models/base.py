@@ -27,7 +27,16 @@ from torch.utils.checkpoint import checkpoint
 from lib.core.rng import torch_generator
 from lib.models import families, load_family
 
-__all__ = ["Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family"]
+__all__ = [
+    "STEP", "Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family",
+]  # fmt: skip
+
+
+class _Step:
+    """The type of `STEP`."""
+
+
+STEP = _Step()  # what `losses` yields where the optimizer is to step before the next loss
 
 
 class Batch(Protocol):
@@ -92,6 +101,7 @@ class Family(nn.Module):
     attention: str = "auto"  # engine, runtime.attention; set before `place`
     activation_checkpointing = False  # recompute blocks in backward; set by the trainer
     max_context: int | None = None  # longest row it may be given, None = any
+    trained_depth = 1  # of thought: the exit that training aims at
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
@@ -107,8 +117,11 @@ class Family(nn.Module):
 
     # ------------------------------------------------------------ losses
 
-    def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Scalar losses, one by one, each backpropagated before the next is asked for."""
+    def losses(self, batch: Batch) -> Iterator[Tensor | _Step]:
+        """Scalar losses, one by one, each backpropagated before the next is asked for.
+
+        `STEP` between them: the trainer updates the weights before it goes on, within one batch.
+        """
         losses = self.token_losses(batch.tokens, batch.targets)
         yield losses.sum() / (batch.targets >= 0).sum().clamp(min=1)
 
@@ -119,6 +132,14 @@ class Family(nn.Module):
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
         )
         return flat.view_as(targets)
+
+    def exit_logits(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Logits (B, T, V) at every depth of thought at which the model may stop, in one pass."""
+        yield self(tokens)[0]
+
+    def exit_flops(self, T: int) -> list[int]:
+        """Inference FLOPs of one token at each of these depths."""
+        return [self.flops_per_token(T) // 3]
 
     # ------------------------------------------------------------ weights and place
 
@@ -141,6 +162,9 @@ class Family(nn.Module):
         names = [name for name, _ in self.named_buffers()]
         assert not names, f"{type(self).__name__} must fill its buffers {names} in init_buffers"
 
+    def refuse_weights(self, config: Any) -> None:
+        """UserError where weights trained under `config` mean another model, shapes apart."""
+
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
         self.to(device)
@@ -152,6 +176,10 @@ class Family(nn.Module):
         return block(*inputs)
 
     # ------------------------------------------------------------ optimisation and accounts
+
+    def matched_steps(self, steps: int | None, T: int) -> int | None:
+        """Steps of the run where its settings say `steps`; a twin of equal FLOPs takes others."""
+        return steps
 
     def param_groups(self, optim: Optim) -> list[Group]:
         """Matrices with decay, everything else without; each parameter exactly once."""
@@ -188,7 +216,7 @@ class Family(nn.Module):
         return []
 
     def log_scalars(self) -> dict[str, float]:
-        """Extra numbers for the log line of this step, by name."""
+        """Extra numbers by name: for the log line of this step, or a generation's footer."""
         return {}
 
     def progress(self) -> str | None:

@@ -107,6 +107,7 @@ def take_weights(source: Path, model: Family, tokenizer: str) -> None:
     UserError unless tokenizer and shapes agree.
     """
     final = Final.open(source, tokenizer)
+    model.refuse_weights(final.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(final.weights(shapes))
 

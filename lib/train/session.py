@@ -142,6 +142,7 @@ def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, An
         "skipped": position.skipped,
         "best": position.best,
         "params": plan.parameters,
+        "notes": job.model.notes(),
         "train_tokens": tokens,
         "train_flops": tokens * plan.flops_per_token,
         "parents": parents_of(identity),
