@@ -25,9 +25,9 @@ from tests.conftest import ROOT
 
 RAW = params.read_yaml(ROOT / params.PARAMS)
 PROFILES = [
-    *("small", "micro_test", "nanochat_d20", "ramgpt_1b", "ramgpt_0p1b", "trm_ja"),
-    "trm_ja_best",
-    *("cvfp_ultrachat", "phase7_1p5b", "phase7_small", "phase8_1p5b"),
+    *("small", "micro_test", "nanochat_d20", "ramgpt_1b", "ramgpt_0p1b", "trm_ja", "trm_ja_best"),
+    *("cvfp_ultrachat", "phase7_1p5b", "phase7_1p0b", "phase7_0p7b", "phase7_small"),
+    *("phase8_1p5b", "phase8_small"),
 ]
 
 
