@@ -245,9 +245,7 @@ def ours(arguments: argparse.Namespace, *, group: bool) -> dict[str, Any]:
     model.streamer = partial(open_stream, request=request)
     model.place(bench.device, bench.dtype)
     taken = model.group_rows(rows, rows * A)
-    optimizer = build_optimizer(
-        model.param_groups(Optim(lr=1e-4)), parts=model.update_parts(), run=model.run_updates
-    )
+    optimizer = build_optimizer(model.param_groups(Optim(lr=1e-4)), model=model)
     schedule, parts = make_schedule("constant", 1), bench.micro_batches(taken)
 
     def step() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from torch.optim.adamw import adamw
 
 from lib.core.errors import InputError
 from lib.kernels.xxt import xxt
-from lib.models.base import Group
+from lib.models.base import Family, Group
 from lib.train.eight_bit import EightBitAdamW
 from lib.train.schedule import Multipliers
 
@@ -187,9 +186,13 @@ class Optimizer:
             dist.broadcast(tensors[name], src=self._owners[_parameter(name)])
 
 
-def build_optimizer(groups: Sequence[Group], **options: Any) -> Optimizer:
-    """The optimizer of a model's `param_groups`; options as of `Optimizer`."""
-    return Optimizer(groups, **options)
+def build_optimizer(
+    groups: Sequence[Group], *, shard: bool = False, model: Family | None = None
+) -> Optimizer:
+    """The optimizer of a model's `param_groups`; `model` may say in which parts, and when."""
+    if model is None:
+        return Optimizer(groups, shard=shard)
+    return Optimizer(groups, shard=shard, parts=model.update_parts(), run=model.run_updates)
 
 
 def _run_in_order(updates: Sequence[Update]) -> None:

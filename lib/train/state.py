@@ -143,6 +143,15 @@ class RunState:
             self.checkpoints.set_best(int(best["step"]) if best else None)
         return note["logs"]
 
+    def keep_micro_rows(self, wanted: int, log: Callable[[str], None]) -> int:
+        """Rows of a micro-batch: `wanted`, or what a resumed run had where masks follow them."""
+        had = self.position.micro_rows
+        if self.model.rows_share_draws and had not in (0, wanted):
+            log(f"keeps micro-batches of {had} rows: the masks follow them")
+            return had
+        self.position.micro_rows = wanted
+        return wanted
+
     def finish(self) -> None:
         """The run is over: the last checkpoint and the best stay, the rest goes."""
         if ranks.rank() == 0:

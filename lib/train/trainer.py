@@ -46,12 +46,7 @@ def train(job: Job) -> Outcome:
     groups = parallel.split_groups(model.param_groups(plan.optim))
     state = RunState(
         model=model,
-        optimizer=build_optimizer(
-            groups,
-            shard=runtime.shard == "optimizer",
-            parts=model.update_parts(),
-            run=model.run_updates,
-        ),
+        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype),
         device=device,
@@ -69,11 +64,8 @@ def train(job: Job) -> Outcome:
     model.attach(job.work)
     observer.cut(state.resume(job.seed, job.log))
     position, scaler, optimizer = state.position, state.scaler, state.optimizer
-    share, micro_rows = plan.rows // world, plan.micro_rows(runtime, device, world)
-    if model.rows_share_draws and position.micro_rows not in (0, micro_rows):
-        micro_rows = position.micro_rows
-        job.log(f"keeps micro-batches of {micro_rows} rows: the masks follow them")
-    position.micro_rows = micro_rows
+    share = plan.rows // world
+    micro_rows = state.keep_micro_rows(plan.micro_rows(runtime, device, world), job.log)
     micro_rows = model.group_rows(micro_rows, share)
     micro_batches = plan.rows // micro_rows  # of one step over all ranks
     for name in model.compiled if runtime.compile else ():

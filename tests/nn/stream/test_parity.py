@@ -17,8 +17,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def three_steps(model, rows: int, dtype: torch.dtype):
     """Losses, gradients of each step, weights: two micro-batches of `rows` or their group."""
     optimizer = build_optimizer(
-        model.param_groups(Optim(lr=1e-2, steps=3)), parts=model.update_parts(),
-        run=model.run_updates,
+        model.param_groups(Optim(lr=1e-2, steps=3)), model=model
     )  # fmt: skip
     schedule, seen = make_schedule("constant", 3), []
     for step in range(3):
