@@ -125,6 +125,7 @@ class Family(nn.Module):
     # Set before `place`; for families that offer lib.nn.stream's Streamable.
     streamer: Callable[[Any, torch.device, torch.dtype], Any] | None = None
     engine: Any = None
+    stream_reason = ""  # what the decision was made by
     trained_depth = 1  # of thought: the exit that training aims at
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -275,7 +276,13 @@ class Family(nn.Module):
 
     def notes(self) -> list[str]:
         """Lines for the log before the first step, such as the attention engine in use."""
-        return [] if self.engine is None else self.engine.notes()
+        return []
+
+    def engine_notes(self) -> list[str]:
+        """Lines on where the weights lie; no part of the result, which it does not change."""
+        if self.engine is not None:
+            return self.engine.notes()
+        return [f"stream: off | {self.stream_reason}"] if self.stream_reason else []
 
     def engine_facts(self) -> dict[str, str]:
         """What a checkpoint records of the engine in use; a change is told on resume."""

@@ -508,7 +508,7 @@ class Model(Family):
         short = [w for w in self.windows if w and w < self.config.context - 1]
         full = f"sdpa in {self.config.depth - len(short)} full layers"
         windowed = f"{self._engine} in {len(short)} layers of window {short[0]}, " if short else ""
-        return [f"attention: {windowed}{full}", *super().notes()]
+        return [f"attention: {windowed}{full}"]
 
     # ------------------------------------------------------------ optimisation and accounts
 

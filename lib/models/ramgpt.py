@@ -230,11 +230,11 @@ class Model(Family):
         return 6 * (12 * L * d * d + self.vocab_size * d) + 6 * L * T * d
 
     def notes(self) -> list[str]:
-        """Parameters, honestly, and the engine in use."""
+        """Parameters, honestly."""
         total = sum(p.numel() for p in self.parameters())
         tables = self.wte.weight.numel() + self.wpe.weight.numel()
         counted = f"embedding {tables:,}, non-embedding {total - tables:,}"
-        return [f"GPT-2 of {total:,} parameters: {counted}", *super().notes()]
+        return [f"GPT-2 of {total:,} parameters: {counted}"]
 
     # ------------------------------------------------------------ export
 

@@ -133,7 +133,7 @@ def train(job: Job) -> Outcome:
             state.check_space()
             # A family with files of its own would change them.
             seconds = 0.0 if model.describe() else dry_step()
-            lines = model.notes()
+            lines = [*model.notes(), *model.engine_notes()]
             if position.step == 0:
                 lines += describe(plan, model, micro_rows, device, seconds)
                 lines += [f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]

@@ -27,41 +27,42 @@ def open_stream(
     UserError for a request that contradicts itself, EnvError where memory does not suffice.
     """
     runtime = request.runtime
-    if runtime.stream == "off":
+    if runtime.stream == "off" or (runtime.stream == "auto" and device.type == "cpu"):
         return None
-    offers = getattr(model, "stream_units", None)
-    if offers is None:
+    if refusal := _refusal(model, device, request):
         if runtime.stream == "on":
-            raise UserError(
-                "family does not stream its weights",
-                value=f"runtime.stream is on, {type(model).__module__}",
-                remedy="set runtime.stream: off",
-            )
+            raise refusal
         return None
-    if device.type == "cpu" and runtime.stream == "auto":
-        return None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(
-            "no streaming on this device", value=device.type, remedy="set runtime.stream: off"
-        )
-    if runtime.stream == "auto":
-        needed = resident_bytes(
-            load_of(model, dtype, request), checkpointing=runtime.activation_checkpointing
-        )
+    if device.type == "cuda":
+        load = load_of(model, dtype, request)
+        needed = resident_bytes(load, checkpointing=runtime.activation_checkpointing)
         free = free_bytes(device, runtime.device_memory_gb)
-        if needed <= 0.9 * free:
-            model.stream_decision = (
-                f"stream: off | resident needs {needed / 1e9:.1f} GB, free {free / 1e9:.1f} GB"
-            )
+        model.stream_reason = f"resident needs {needed / 1e9:.1f} GB, free {free / 1e9:.1f} GB"
+        if runtime.stream == "auto" and needed <= 0.9 * free:
             return None
-    for clash, value in (
-        (runtime.shard == "fsdp", "runtime.shard is fsdp"),
-        (runtime.compile, "runtime.compile is true"),
-    ):
-        if clash:
-            raise UserError(
-                "streaming and this exclude each other", value=value,
-                remedy="switch it off, or set runtime.stream: off",
-            )  # fmt: skip
     require_memory(model, device, dtype, request)
     return Engine(model, device, dtype, request)
+
+
+def _refusal(model: Any, device: torch.device, request: Streaming) -> UserError | None:
+    """Why this run cannot stream, as an error that says what to change; None where it can."""
+    runtime, remedy = request.runtime, "switch it off, or set runtime.stream: off"
+    if getattr(model, "stream_units", None) is None:
+        family = type(model).__module__.split(".")[-1]
+        return UserError(
+            "family does not stream its weights",
+            value=f"runtime.stream is {runtime.stream}, family {family}",
+            remedy="set runtime.stream: off",
+        )
+    if device.type not in ("cpu", "cuda"):
+        return UserError("no streaming on this device", value=device.type, remedy=remedy)
+    for clash in ("shard is fsdp" if runtime.shard == "fsdp" else "", "compile is true" if
+                  runtime.compile else ""):  # fmt: skip
+        if clash:
+            value = f"runtime.{clash}"
+            return UserError("streaming and this exclude each other", value=value, remedy=remedy)
+    try:
+        model.stream_units()
+    except UserError as error:
+        return error
+    return None

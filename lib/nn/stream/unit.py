@@ -177,8 +177,9 @@ class Engine:
         inward, outward = step_bytes(self.load)
         card = this_card(self.device)
         even = f" | break-even {break_even(self.load, card):,.0f} tokens/load" if card else ""
+        reason = f"{self.model.stream_reason} | " if self.model.stream_reason else ""
         lines.append(
-            f"stream: on | {len(self.units) - 1} units, {self.shape.slots} slots, group "
+            f"stream: on | {reason}{len(self.units) - 1} units, {self.shape.slots} slots, group "
             f"{self.load.group} of {self.load.accumulation} | in {inward / 1e9:.2f} GB/step, out "
             f"{outward / 1e9:.2f} GB/step{even}, have {self.load.load_tokens:,}"
         )

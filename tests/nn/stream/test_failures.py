@@ -174,6 +174,31 @@ def test_a_family_that_does_not_stream_says_so():
     assert open_stream(make_model(), CPU, torch.float32, off) is None
 
 
+def test_auto_never_refuses_what_it_was_not_asked_for(monkeypatch):
+    """A run that cannot stream and did not ask to is resident, on whatever device it is."""
+    from lib.nn.stream import Streaming, open_stream
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e6, 1e6))
+    resident = make("gpt", stream=False, config={"variant": "modern", "heads": 2})
+    fits = make(stream=False)
+    for device in ("cuda", "mps", "cpu"):
+        for model, options in (
+            (resident, {}),
+            (fits, {"compile": True}),
+            (fits, {"shard": "fsdp"}),
+        ):
+            asked = Streaming(runtime=Runtime(**options), context=12)
+            assert open_stream(model, torch.device(device), torch.float32, asked) is None
+    with pytest.raises(
+        EnvError, match="does not fit the device"
+    ):  # it would stream, were it larger
+        asked = Streaming(runtime=Runtime(), context=12)
+        open_stream(fits, torch.device("cuda"), torch.float32, asked)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8e9, 8e9))
+    assert open_stream(fits, torch.device("cuda"), torch.float32, asked) is None
+    assert "stream: off | resident needs" in fits.engine_notes()[0]
+
+
 def test_a_group_that_does_not_divide_names_the_nearest():
     model = make(stream_group=5)
     with pytest.raises(UserError, match=r"5, 8 micro-batches; nearest: 4"):
