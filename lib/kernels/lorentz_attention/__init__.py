@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.kernels.lorentz_attention import reference
+from lib.kernels import decide
+from lib.kernels.lorentz_attention.reference import backward, forward
+
+WIDTHS = (16, 32, 64, 128)  # of heads, that the kernel has tiles for
 
 
 def lorentz_attention(
@@ -22,6 +25,8 @@ def lorentz_attention(
     """
     _check(q, k, v, c, beta, window)
     with torch.autocast(q.device.type, enabled=False):
+        if decide("lorentz_attention", q.device, q.dtype, _limit(q, k, v, c), q.shape[3]):
+            return torch.ops.kumiki.lorentz_attention(q, k, v, c, beta, window)[0]
         return _Attention.apply(q, k, v, c, beta, window)  # type: ignore[return-value]  # untyped
 
 
@@ -38,10 +43,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, beta: Tensor, wind
         raise ValueError(f"window {window} must be 1 or more")
 
 
+def _limit(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None) -> str:
+    """Why the kernel cannot take these shapes."""
+    if c is None:
+        return "no curvature"
+    if q.shape[3] not in WIDTHS or v.shape[3] != q.shape[3]:
+        return f"head width {q.shape[3]}"
+    return "" if q.shape == k.shape else "continues a row"
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, c, beta, window):
-        out, lse = reference.forward(q, k, v, c, beta, window)
+        out, lse = forward(q, k, v, c, beta, window)
         ctx.save_for_backward(q, k, v, c, beta, out, lse)
         ctx.window = window
         return out
@@ -49,4 +63,4 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, c, beta, out, lse = ctx.saved_tensors
-        return *reference.backward(q, k, v, c, beta, ctx.window, out, lse, dout), None
+        return *backward(q, k, v, c, beta, ctx.window, out, lse, dout), None
