@@ -15,7 +15,7 @@ from typing import Literal
 from lib.core.errors import UserError
 
 Choice = Literal["auto", "triton", "reference"]
-Choices = Choice | Mapping[str, Choice]  # one for all, or by operator with `default`
+Choices = Choice | Mapping[str, str]  # one for all, or by operator with `default`
 CHOICES = ("auto", "triton", "reference")
 OPERATORS = (
     "rms_norm", "linear_cross_entropy", "tt_linear_cross_entropy", "relu2_mlp",

@@ -32,6 +32,11 @@ from lib.core.kernel_choice import (
 
 HALF_SINCE = 80  # compute capability with bf16 tensor cores; 75 runs fp16 and fp32
 HIP_TARGETS = ("gfx942",)
+# What drivers, compilers and kernels raise: none of it may stop a run that can do without them.
+FAILURES = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError,
+    OSError, ArithmeticError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,6 @@ def forced(choice: str) -> Iterator[None]:
         _process.forced = before
 
 
-@torch.compiler.assume_constant_result
 def decide(
     op: str, device: torch.device, dtype: torch.dtype, limit: str = "", width: int = 0
 ) -> bool:
@@ -98,6 +102,10 @@ def decide(
     if found is None:
         found = _decisions[key] = _decide(*key)
     return found.kernel
+
+
+# As torch.compiler.assume_constant_result does, which would import all of the compiler here.
+decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decide(
@@ -131,29 +139,29 @@ def unusable(device: torch.device, dtype: torch.dtype | None = None) -> str:
     if reason := missing():
         return reason
     if interpreting():
-        import triton
-
         if device.type != "cpu":
             return f"interpreting, and tensors are on {device.type}"
-        on = triton.knobs.runtime.interpret
-        return "" if on else "TRITON_INTERPRET was set after triton was imported"
+        return "" if _triton().knobs.runtime.interpret else "TRITON_INTERPRET was set after triton was imported"
     if device.type != "cuda":
         return f"no kernels on {device.type}"
     return _unsupported_target(dtype)
 
 
 def _unsupported_target(dtype: torch.dtype | None) -> str:
-    import triton
-
     try:
-        target = triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # drivers raise what they like, and none of it may stop a run
+        target = _triton().runtime.driver.active.get_current_target()
+    except FAILURES as error:
         return f"no active driver ({type(error).__name__})"
     if target.backend == "hip":
         return "" if target.arch in HIP_TARGETS else f"{target.arch} is not supported"
     capability = int(target.arch)
     enough = capability >= HALF_SINCE or (capability == 75 and dtype != torch.bfloat16)
     return "" if enough else f"compute capability {capability / 10} with {dtype}"
+
+
+def _triton():
+    """The package, by name: loaders of exported code demand whatever an import statement names."""
+    return importlib.import_module("triton")
 
 
 def load(op: str):
@@ -174,8 +182,8 @@ def selftest(op: str, device: torch.device, dtype: torch.dtype, width: int = 0) 
         load(op)
         error = check.selftest(operator(op), device, dtype, width)
         reason = "" if error <= 1 else f"self-test is off by {error:.1e} times its tolerance"
-    except Exception as error_:  # a kernel that does not compile is a kernel that is not there
-        error, reason = None, f"self-test raised {type(error_).__name__}: {error_}"
+    except (*FAILURES, _triton().errors.TritonError) as raised:  # not compiled is not there
+        error, reason = None, f"self-test raised {type(raised).__name__}: {raised}"
     tolerance = operator(op).tolerance("", dtype)
     seconds = time.monotonic() - began
     return Decision(op, not reason, reason, error, tolerance, seconds)
@@ -229,6 +237,4 @@ def stack(device: torch.device) -> str:
     asked = {op: choice_of(_process.choices, op) for op in OPERATORS}
     words = set(asked.values())
     told = words.pop() if len(words) == 1 else " ".join(f"{k}={v}" for k, v in asked.items())
-    import triton
-
-    return f"{told}, triton {triton.__version__}"
+    return f"{told}, triton {_triton().__version__}"

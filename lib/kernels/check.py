@@ -70,8 +70,9 @@ class Operator:
     name: str
     function: Callable[..., Any]  # tensors and options of a Case -> a tensor or several
     make: Callable[..., Case]  # Draw and sizes -> Case
-    small: tuple[Mapping[str, int], ...]  # sizes of the self-test, odd, over one block edge
-    production: Mapping[str, int]  # sizes at which targets are stated
+    small: tuple[Mapping[str, Any], ...]  # sizes of the self-test, odd, over one block edge
+    production: Mapping[str, Any]  # sizes at which targets are stated
+    compiled: Mapping[str, Any]  # production's widths with few rows: what is compiled ahead of time
     bounds: Mapping[str, tuple[float, float]]  # result -> fp32, bf16; "" is everything else
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     width: str | None = None  # the size that a head width replaces

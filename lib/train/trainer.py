@@ -15,6 +15,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from lib import kernels
 from lib.core import ranks
 from lib.core.errors import Interrupted
 from lib.nn.ema import Ema
@@ -153,6 +154,8 @@ def train(job: Job) -> Outcome:
                 optimizer.zero_grad()
                 position.step = done
                 # ---- log? evaluate? sample? commit? stop asked?
+                if said := kernels.news():
+                    job.log(said)
                 if updated:
                     lr = optimizer.groups[0].lr * multipliers.lr
                     observer.step(done, loss, lr, grad, model)

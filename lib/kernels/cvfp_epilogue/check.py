@@ -24,5 +24,6 @@ OPERATOR = Operator(
         {"n": 19, "d": 130, "V": 40, "stats": 1},
     ),
     production={"n": 32_768, "d": 768, "V": 50_257},
+    compiled={"n": 32, "d": 768, "V": 64, "stats": 1},
     bounds={"": (1e-5, 8e-3)},
 )

@@ -28,6 +28,7 @@ OPERATOR = Operator(
         {"B": 2, "H": 1, "T": 130, "Dk": 32, "Dv": 32},
     ),
     production={"B": 8, "H": 16, "T": 4_096, "Dk": 64, "Dv": 128},
+    compiled={"B": 1, "H": 2, "T": 256, "Dk": 64, "Dv": 128},
     bounds={"": (1e-5, 1e-2)},
     width="Dk",
 )

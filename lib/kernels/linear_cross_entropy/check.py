@@ -28,5 +28,6 @@ OPERATOR = Operator(
         {"n": 5, "d": 16, "V": 1_100, "softcap": 0, "reduction": "none"},
     ),
     production={"n": 8_192, "d": 2_048, "V": 50_304, "softcap": 0},
+    compiled={"n": 8, "d": 64, "V": 8_192},
     bounds={"": (1e-5, 1.2e-2), "out0": (1e-6, 2e-3)},
 )

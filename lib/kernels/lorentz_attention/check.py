@@ -31,6 +31,7 @@ OPERATOR = Operator(
         {"B": 2, "H": 1, "T": 17, "D": 32, "window": 1_000},
     ),
     production={"B": 8, "H": 16, "T": 1_024, "D": 128, "window": 256},
+    compiled={"B": 1, "H": 2, "T": 128, "D": 128, "window": 64},
     bounds={"": (1e-5, 1e-2), "c": (1e-4, 3e-2), "beta": (1e-4, 3e-2)},
     width="D",
 )

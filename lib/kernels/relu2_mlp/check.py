@@ -18,5 +18,6 @@ OPERATOR = Operator(
     make=make,
     small=({"n": 17, "d": 24, "F": 40}, {"n": 65, "d": 40, "F": 72}),
     production={"n": 16_384, "d": 1_280, "F": 5_120},
+    compiled={"n": 64, "d": 1_280, "F": 256},
     bounds={"": (1e-5, 8e-3)},
 )

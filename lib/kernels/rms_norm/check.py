@@ -18,5 +18,6 @@ OPERATOR = Operator(
     make=make,
     small=({"n": 17, "d": 47}, {"n": 3, "d": 130, "weighted": 0}),
     production={"n": 16_384, "d": 2_048},
+    compiled={"n": 8, "d": 2_048},
     bounds={"": (1e-5, 4e-3)},
 )

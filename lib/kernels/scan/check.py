@@ -22,6 +22,7 @@ OPERATOR = Operator(
     make=make,
     small=({"B": 1, "T": 65, "r": 33}, {"B": 2, "T": 5, "r": 7}),
     production={"B": 16, "T": 1_024, "r": 64},
+    compiled={"B": 2, "T": 128, "r": 64},
     bounds={"": (1e-5, 1e-5)},
     dtypes=(torch.float32,),
 )

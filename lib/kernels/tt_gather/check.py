@@ -27,5 +27,6 @@ OPERATOR = Operator(
     make=make,
     small=({"n": 17, "d": 47, "R": 5, "V": 31}, {"n": 270, "d": 20, "R": 16, "V": 2}),
     production={"n": 16_384, "d": 2_048, "R": 32, "V": 50_257},
+    compiled={"n": 32, "d": 2_048, "R": 32, "V": 64},
     bounds={"": (1e-5, 1e-2), "out0": (1e-6, 4e-3)},
 )

@@ -40,5 +40,6 @@ OPERATOR = Operator(
         {"n": 5, "d": 20, "R": 16, "V": 200, "block": 3, "reduction": "none"},
     ),
     production={"n": 8_192, "d": 2_048, "R": 32, "V": 50_257},
+    compiled={"n": 8, "d": 64, "R": 32, "V": 4_096, "block": 40, "softcap": 15.0},
     bounds={"": (1e-5, 1.2e-2), "out0": (1e-6, 2e-3)},
 )

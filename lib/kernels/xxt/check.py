@@ -25,5 +25,6 @@ OPERATOR = Operator(
     make=make,
     small=({"b": 2, "n": 17, "m": 47}, {"b": 1, "n": 65, "m": 65, "affine": 1}),
     production={"b": 1, "n": 2_048, "m": 7_168},
+    compiled={"b": 1, "n": 256, "m": 512, "affine": 1},
     bounds={"": (1e-6, 4e-3)},
 )
