@@ -7,6 +7,7 @@ Note: signatures come from the launcher's own calls, recorded on the CPU; nothin
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -63,33 +64,34 @@ def calls_of(op: str, dtype: torch.dtype, sizes: dict[str, Any] | None = None) -
     case = operator.make(Draw("cpu", dtype), **(sizes or operator.compiled))
     with recorded() as calls:
         results(operator, case, "triton")
-    first = {}
+    first: dict[tuple, Call] = {}
     for call in calls:
-        first.setdefault((call.kernel.fn.__name__, tuple(sorted(_constants(call)))), call)
+        first.setdefault(_key(call), call)
     return list(first.values())
 
 
 def variants(op: str, dtype: torch.dtype, *, every: bool) -> Iterator[Call]:
     """Calls with the first configuration, or with every one that the width of production has."""
-    table = __import__(f"lib.kernels.{op}.configs", fromlist=["CANDIDATES"]).CANDIDATES
     starts = calls_of(op, dtype)
     yield from starts
     seen = {_key(call) for call in starts}
-    for kernel, by_width in table.items() if every else ():
-        for config in {c for options in by_width.values() for c in options}:
-            with configs.forced(kernel, config):
-                calls = calls_of(op, dtype)
-            for call in calls:
-                if _key(call) not in seen and _listed(config, table[kernel], starts):
-                    seen.add(_key(call))
-                    yield call
+    for kernel, config in _alternatives(op, starts) if every else ():
+        with configs.forced(kernel, config):
+            calls = calls_of(op, dtype)
+        for call in calls:
+            if _key(call) not in seen:
+                seen.add(_key(call))
+                yield call
 
 
-def _listed(config: configs.Config, by_width: Any, starts: list[Call]) -> bool:
-    """Whether a start stands in the same width's list: other widths have other tiles."""
-    used = {call.config.tiles for call in starts}
-    return any(config in options and any(o.tiles in used for o in options)
-               for options in by_width.values())  # fmt: skip
+def _alternatives(op: str, starts: list[Call]) -> Iterator[tuple[str, configs.Config]]:
+    """What stands in the lists that the starts come from: other widths have other tiles."""
+    table = importlib.import_module(f"lib.kernels.{op}.configs").CANDIDATES
+    used = {call.config for call in starts}
+    for kernel, by_width in table.items():
+        for options in by_width.values():
+            if options[0] in used:
+                yield from ((kernel, config) for config in options[1:])
 
 
 def _key(call: Call) -> tuple:
