@@ -29,11 +29,12 @@ class Train:
     init_from: str | None = None  # folder of another run's final model: weights only, step 0
     # length: the first that is given, in this order
     steps: int | None = None
+    epochs: float | None = None  # passes over all rows
     target_flops: float | None = None
     param_data_ratio: float | None = None  # tokens per scaling parameter
     batch_tokens: int | Literal["auto"] | None = None  # of one step over all ranks
     # optimizer; a family may have rates of its own
-    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # rule of the matrices
     lr: float = 3e-4  # peak
     beta1: float = 0.9
     beta2: float = 0.95
@@ -57,7 +58,7 @@ class Train:
 
     def __post_init__(self) -> None:
         counts = ("warmup", "skip_steps", "eval_every", "sample_every")
-        lengths = ("steps", "target_flops", "param_data_ratio", "eval_bytes")
+        lengths = ("steps", "epochs", "target_flops", "param_data_ratio", "eval_bytes")
         shares = ("beta1", "beta2", "ema_decay")
         batch = self.batch_tokens
         refuse(
@@ -71,6 +72,12 @@ class Train:
                 for n in shares
             ),
             (isinstance(batch, int) and batch < 1, "batch_tokens", batch, "use 1 or more"),
+            (
+                self.epochs is not None and (self.steps is not None or not isinstance(batch, int)),
+                "epochs",
+                self.epochs,
+                "give it without steps, and with a number of batch_tokens",
+            ),
             (not self.lr > 0, "lr", self.lr, "use a number above 0"),
             (not self.eps > 0, "eps", self.eps, "use a number above 0"),
             (self.weight_decay < 0, "weight_decay", self.weight_decay, "use 0 or more"),

@@ -27,7 +27,16 @@ from torch.utils.checkpoint import checkpoint
 from lib.core.rng import torch_generator
 from lib.models import families, load_family
 
-__all__ = ["Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family"]
+__all__ = [
+    "STEP", "Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family",
+]  # fmt: skip
+
+
+class _Step:
+    """The type of `STEP`."""
+
+
+STEP = _Step()  # what `losses` yields where the optimizer is to step before the next loss
 
 
 class Batch(Protocol):
@@ -69,6 +78,7 @@ class Group:
     eps: float = 1e-8
     weight_decay: float = 0.0
     iteration_dtype: torch.dtype = torch.bfloat16  # in which muon orthogonalises
+    scheduled: bool = True  # False: `lr` holds throughout (rule adamw only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +109,11 @@ class Family(nn.Module):
 
     # ------------------------------------------------------------ losses
 
-    def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Scalar losses, one by one, each backpropagated before the next is asked for."""
+    def losses(self, batch: Batch) -> Iterator[Tensor | _Step]:
+        """Scalar losses, one by one, each backpropagated before the next is asked for.
+
+        `STEP` between them: the trainer updates the weights before it goes on, within one batch.
+        """
         losses = self.token_losses(batch.tokens, batch.targets)
         yield losses.sum() / (batch.targets >= 0).sum().clamp(min=1)
 
@@ -137,6 +150,13 @@ class Family(nn.Module):
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
         self.to(device)
 
+    def weights_taken(self) -> None:
+        """Called where a run begins with another one's weights: hold what would start anew."""
+
+    def exported(self, config: Any) -> tuple[Any, Family]:
+        """(Config, model) as an export writes them, without what only training needs."""
+        return config, self
+
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -144,6 +164,10 @@ class Family(nn.Module):
         return block(*inputs)
 
     # ------------------------------------------------------------ optimisation and accounts
+
+    def matched_steps(self, steps: int | None, T: int) -> int | None:
+        """Steps of the run where its settings say `steps`; a twin of equal FLOPs takes others."""
+        return steps
 
     def param_groups(self, optim: Optim) -> list[Group]:
         """Matrices with decay, everything else without; each parameter exactly once."""

@@ -1,8 +1,9 @@
-"""RMSNorm without a weight: same shape and dtype out as in, statistics in fp32."""
+"""RMSNorm without and with a weight: same shape out as in, statistics in fp32."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lib.kernels.rms_norm import rms_norm as _rms_norm
 
@@ -15,3 +16,17 @@ def rms_norm(x: Tensor, eps: float = EPS) -> Tensor:
     x: (..., D), any float dtype; same shape and dtype out.
     """
     return _rms_norm(x, None, eps)
+
+
+class RmsNorm(nn.Module):
+    """w x / sqrt(mean(x^2) + 1e-6) over the last axis, w (width,); statistics in fp32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same, in the wider dtype of x and the weight."""
+        if x.dtype == self.weight.dtype:
+            return _rms_norm(x, self.weight, 1e-6)
+        return rms_norm(x, 1e-6) * self.weight

@@ -10,7 +10,7 @@ Note:  validation text comes out of the token files: a lossless tokenizer gives 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -101,14 +101,34 @@ class Data:
         return texts
 
 
-def take_weights(source: Path, model: Family, tokenizer: str) -> None:
-    """Load the weights of the finished model in `source` into `model`.
+def take_weights(source: Path, model: Family, config: object, tokenizer: str) -> None:
+    """Load the weights of the finished model in `source` into `model`, of Config `config`.
 
-    UserError unless tokenizer and shapes agree.
+    UserError unless tokenizer and settings agree; it lists what differs.
     """
     final = Final.open(source, tokenizer)
+    ours, theirs = artifact.plain(config), artifact.plain(final.config)
+    names = [n for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
+    if names:
+        differing = (f"{n} {theirs.get(n)}, this run {ours.get(n)}" for n in names)
+        raise UserError(
+            "model to start from is another one",
+            file=source,
+            value="; ".join(differing),
+            remedy="give the run the same model settings",
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(final.weights(shapes))
+    model.weights_taken()
+
+
+def sized(settings: Train, store: TokenStore) -> Train:
+    """`settings` with the steps of its `epochs`, whole passes over the rows where it has them."""
+    if settings.epochs is None:
+        return settings
+    assert isinstance(settings.batch_tokens, int), "run_settings demands a number"
+    rows = settings.batch_tokens // store.context
+    return replace(settings, epochs=None, steps=max(1, int(settings.epochs * store.rows / rows)))
 
 
 def require_context(context: int, model: Family) -> None:

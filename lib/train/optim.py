@@ -281,7 +281,7 @@ class _AdamW:
                 self._half += [] if p.dtype == wide else [(group, name)]
             if members:
                 whole.append((group, members))
-        self._rates = [group.lr for group, _ in whole]
+        self._groups = [group for group, _ in whole]
         self._fused = torch.optim.AdamW(
             [
                 {
@@ -299,11 +299,12 @@ class _AdamW:
 
     def step(self, multipliers: Multipliers) -> None:
         if self._fused is not None:
-            for settings, rate in zip(self._fused.param_groups, self._rates, strict=True):
-                settings["lr"] = rate * multipliers.lr
+            for settings, group in zip(self._fused.param_groups, self._groups, strict=True):
+                settings["lr"] = group.lr * (multipliers.lr if group.scheduled else 1.0)
             self._fused.step()
         for group, name in self._half:
-            _step_half(group, group.params[name], self._state[name], multipliers.lr)
+            factor = multipliers.lr if group.scheduled else 1.0
+            _step_half(group, group.params[name], self._state[name], factor)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{n}.{kind}": t for n, state in self._state.items() for kind, t in state.items()}

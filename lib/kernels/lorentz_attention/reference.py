@@ -20,19 +20,27 @@ MIN_BLOCK, MAX_BLOCK = 64, 512  # queries of a block; smaller ones are all overh
 SERIES_BELOW = {torch.float32: 1e-2, torch.float64: 1e-4}  # of u: beyond it the root is exact
 
 
-def squared_arcosh(u: Tensor) -> tuple[Tensor, Tensor]:
-    """a(u) = acosh(1 + u)^2 and a'(u) = 2 acosh(1 + u) / sqrt(u (u + 2)), u >= 0, fp32 or fp64.
+def squared_arcosh(u: Tensor) -> Tensor:
+    """a(u) = acosh(1 + u)^2 for u >= 0, fp32 or fp64.
 
-    Near 0 both come from their series: a = 2u - u^2/3 + 4u^3/45 - u^4/35.
+    Near 0 by its series, 2u - u^2/3 + 4u^3/45 - u^4/35.
     """
+    near = (u * (-1 / 35)).add_(4 / 45).mul_(u).add_(-1 / 3).mul_(u).add_(2).mul_(u)
+    return torch.where(u < SERIES_BELOW[u.dtype], near, _arcosh(u)[0].square_())
+
+
+def slope(u: Tensor) -> Tensor:
+    """a'(u) = 2 acosh(1 + u) / sqrt(u (u + 2)); near 0 2 - 2u/3 + 4u^2/15 - 4u^3/35."""
+    near = (u * (-4 / 35)).add_(4 / 15).mul_(u).add_(-2 / 3).mul_(u).add_(2)
     small = u < SERIES_BELOW[u.dtype]
-    root = torch.where(small, 1, u * (u + 2)).sqrt_()
-    distance = torch.log1p(u + root)
-    near = u * (2 + u * (-1 / 3 + u * (4 / 45 - u / 35)))
-    slope = 2 + u * (-2 / 3 + u * (4 / 15 - u * (4 / 35)))
-    return torch.where(small, near, distance.square()), torch.where(
-        small, slope, 2 * distance / root
-    )
+    distance, root = _arcosh(u)
+    return torch.where(small, near, distance.div_(root.masked_fill_(small, 1)).mul_(2))
+
+
+def _arcosh(u: Tensor) -> tuple[Tensor, Tensor]:
+    """acosh(1 + u) and sqrt(u (u + 2))."""
+    root = (u + 2).mul_(u).sqrt_()
+    return (u + root).log1p_(), root
 
 
 class _SquaredArcosh(torch.autograd.Function):
@@ -40,14 +48,13 @@ class _SquaredArcosh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u: Tensor) -> Tensor:
-        a, slope = squared_arcosh(u)
-        ctx.save_for_backward(slope)
-        return a
+        ctx.save_for_backward(u)
+        return squared_arcosh(u)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
-        (slope,) = ctx.saved_tensors
-        return upstream * slope
+        (u,) = ctx.saved_tensors
+        return upstream * slope(u)
 
 
 def visible(n: int, m: int, window: int, device: torch.device) -> Tensor:
@@ -150,9 +157,8 @@ class _Scores:
         self.c = c.to(wide)[:, None, None]
         self.times = [torch.sqrt(1 + self.c * x) for x in self.squares]
         u = (self.times[0] * self.times[1].mT).sub_(1).sub_(self.c * self.product).clamp_(min=0)
-        a, slope = squared_arcosh(u)
-        self.slope = slope if slopes else None
-        self.values = a.mul_(-self.beta / self.c).masked_fill_(unseen, -torch.inf)
+        self.slope = slope(u) if slopes else None
+        self.values = squared_arcosh(u).mul_(-self.beta / self.c).masked_fill_(unseen, -torch.inf)
 
     def backward(self, ds: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """dq, dk and the part of dc (H,) that comes through u."""
@@ -162,7 +168,7 @@ class _Scores:
             return G.sum(-1, keepdim=True) * q - G @ k, G.sum(-2)[..., None] * k - G.mT @ q, 0.0
         Q, K = self.times
         assert self.slope is not None
-        G = ds * self.slope * (-self.beta / self.c)
+        G = self.slope.mul_(ds).mul_(-self.beta / self.c)
         GK, GQ = G @ K, G.mT @ Q  # (B, H, rows, 1), (B, H, keys, 1)
         dq = self.c * (GK * q / Q - G @ k)
         dk = self.c * (GQ * k / K - G.mT @ q)
