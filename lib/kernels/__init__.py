@@ -108,9 +108,7 @@ def decide(
 decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _decide(
-    op: str, device: torch.device, dtype: torch.dtype, limit: str, width: int
-) -> Decision:
+def _decide(op: str, device: torch.device, dtype: torch.dtype, limit: str, width: int) -> Decision:
     choice = choice_of(_process.choices, op)
     if choice == "reference":
         return Decision(op, False, "asked for")
@@ -141,7 +139,11 @@ def unusable(device: torch.device, dtype: torch.dtype | None = None) -> str:
     if interpreting():
         if device.type != "cpu":
             return f"interpreting, and tensors are on {device.type}"
-        return "" if _triton().knobs.runtime.interpret else "TRITON_INTERPRET was set after triton was imported"
+        return (
+            ""
+            if _triton().knobs.runtime.interpret
+            else "TRITON_INTERPRET was set after triton was imported"
+        )
     if device.type != "cuda":
         return f"no kernels on {device.type}"
     return _unsupported_target(dtype)

@@ -109,28 +109,24 @@ def compiled(op: str, call: Call, target: str, dtype: torch.dtype) -> Row:
     signature, attributes, constants = {}, {}, _constants(call)
     for index, parameter in enumerate(call.kernel.params):
         value = call.arguments[parameter.name]
-        signature[parameter.name] = (
-            "constexpr" if parameter.name in constants else _type_of(value)
-        )
+        signature[parameter.name] = "constexpr" if parameter.name in constants else _type_of(value)
         whole = isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0
         fixed = parameter.name not in constants and not parameter.do_not_specialize
         if fixed and (isinstance(value, Tensor) or whole):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
+    source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": call.config.warps, "num_stages": call.config.stages}
     began = time.monotonic()
     binary = triton.compile(source, target=TARGETS[target], options=options)
     seconds = time.monotonic() - began
     usage = _usage(binary) if target.startswith("sm_") else {}
+    tiles = " ".join(f"{name}={side}" for name, side in call.config.tiles)
     row = {
         "op": op,
         "kernel": call.kernel.fn.__name__.removesuffix("_kernel"),
         "target": target,
         "dtype": str(dtype).removeprefix("torch."),
-        "config": " ".join([*(f"{n}={s}" for n, s in call.config.tiles), f"warps={call.config.warps}",
-                            f"stages={call.config.stages}"]),
+        "config": f"{tiles} warps={call.config.warps} stages={call.config.stages}".strip(),
         "shared": int(binary.metadata.shared),
         "registers": usage.get("REG"),
         "stack": usage.get("STACK"),
@@ -183,5 +179,3 @@ def _usage(binary: Any) -> dict[str, int]:
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED):(\d+)", run.stdout)}
-
-

@@ -65,7 +65,7 @@ def acc(x: Tensor) -> tl.dtype:
 
 
 def dot(x: Tensor) -> tl.dtype:
-    """The format of operands of `tl.dot`: the input's; fp32 where bf16 is interpreted as garbage."""
+    """The format of operands of `tl.dot`: the input's; fp32 where interpreted bf16 is garbage."""
     if x.dtype == torch.float64:
         return tl.float64
     return tl.float32 if INTERPRETED else TYPES[x.dtype]

@@ -34,7 +34,7 @@ class Segments(NamedTuple):
 
 
 def segments(index: Tensor, rows: int) -> Segments:
-    """index (n,) int64 in [0, rows). Sizes depend on n and rows only: nothing waits for a device."""
+    """index (n,) int64 in [0, rows). Sizes depend on n and rows: nothing waits."""
     n = len(index)
     order = torch.argsort(index, stable=True)
     starts = torch.searchsorted(index[order], torch.arange(rows + 1, device=index.device))
@@ -62,5 +62,5 @@ def segments(index: Tensor, rows: int) -> Segments:
 
 
 def slot_count(n: int) -> int:
-    """Slots at most: a split row has more than LIMIT entries, hence no more than twice n / LIMIT."""
+    """Slots at most: rows that are split have more than LIMIT entries each."""
     return 2 * (n // LIMIT) + 1

@@ -37,7 +37,7 @@ def add_segment_kernel(
 def add_slots_kernel(
     slots, split, first, last, out, width, BC: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """out[split] (rows, width) = sum of slots first .. last - 1; grid (splits, ceil(width / BC))."""
+    """out[split] (rows, width) = sum of its slots in order; grid (splits, ceil(width / BC))."""
     run = tl.program_id(0)
     row = tl.load(split + run)
     col = tl.program_id(1) * BC + tl.arange(0, BC)

@@ -119,9 +119,7 @@ def vanishing(op: str, sizes: Mapping[str, Any]) -> set[str]:
     return {"x"} if op == "rms_norm" and sizes["d"] == 1 else set()
 
 
-def assert_right(
-    op: str, case: Case, dtype: torch.dtype, vanish: set[str] | None = None
-) -> None:
+def assert_right(op: str, case: Case, dtype: torch.dtype, vanish: set[str] | None = None) -> None:
     """Every result within its tolerance, in guarded, poisoned memory.
 
     vanish: results that only must be small, seen 4e-5 at most in fp32, bound 1e-4.
@@ -194,5 +192,3 @@ def _between_guards(x: Tensor) -> Tensor:
 
 def _fill(x: Tensor) -> float:
     return torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
-
-

@@ -89,7 +89,9 @@ def test_auto_on_a_cpu_is_the_reference_and_one_line():
 
 def test_triton_asked_for_and_unusable_is_a_users_error():
     for choices in ("triton", {"default": "auto", "scan": "triton"}):
-        with pytest.raises(UserError, match=r"kernels not available for .*runtime.kernels is triton") as e:
+        with pytest.raises(
+            UserError, match=r"kernels not available for .*runtime.kernels is triton"
+        ) as e:
             kernels.configure(choices, "pretrain phase7", CPU)
         assert e.value.code == 2
         assert str(e.value).endswith("pip install -e '.[triton]', or kernels: reference")

@@ -12,7 +12,8 @@ from lib.kernels.cvfp_epilogue import cvfp_epilogue
 from lib.kernels.lorentz_attention import lorentz_attention
 from lib.kernels.tt_gather import tt_gather
 from lib.models import gpt
-from lib.models.base import Batch, build
+from lib.models.base import build
+from lib.train.job import Batch
 from tests import golden
 from tests.kernels.harness import DEVICE, F64, layer
 
@@ -47,8 +48,7 @@ def test_lorentz_attention(choice, shared):
             out.backward(up[None, None])
         pairs = [("output", out[0, 0, :, :dv]), ("grad_c", c.grad), ("grad_beta", beta.grad)]
         pairs += [
-            (f"grad_{s}", t.grad[0, 0, :, :w])
-            for s, t, w in zip("qkv", x, (d, d, dv), strict=True)
+            (f"grad_{s}", t.grad[0, 0, :, :w]) for s, t, w in zip("qkv", x, (d, d, dv), strict=True)
         ]
         for name, ours in pairs:
             want = torch.tensor(case[name], dtype=F64)
@@ -118,5 +118,3 @@ def test_a_small_gpt_with_kernels_on(choice):
     for name, want in found["reference"].items():
         error = (found[choice][name] - want).norm() / want.norm().clamp(min=1e-6)
         assert error < 1e-5, f"{name}: {error:.1e}"
-
-

@@ -267,5 +267,7 @@ def test_a_graph_captured_on_a_side_stream_replays(op):
             captured = operator.function(**tensors, **case.options)
         graph.replay()
     torch.cuda.synchronize()
-    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (eager, captured)), strict=True):
+    for a, b in zip(
+        *((x if isinstance(x, tuple) else (x,)) for x in (eager, captured)), strict=True
+    ):
         assert torch.equal(a, b)

@@ -14,9 +14,13 @@ FORBIDDEN = (
 )  # fmt: skip
 
 
+# A masked load with its arguments, brackets nested twice.
+LOAD = r"tl\.load\((?:[^()]|\([^()]*\))*mask=(?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+
+
 def offences(text: str) -> list[str]:
     found = [p for p in FORBIDDEN if re.search(p, text)]
-    loads = re.findall(r"tl\.load\((?:[^()]|\([^()]*\))*mask=(?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", text)
+    loads = re.findall(LOAD, text)
     return found + [f"masked load without other: {x}" for x in loads if "other=" not in x]
 
 

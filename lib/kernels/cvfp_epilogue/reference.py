@@ -1,6 +1,6 @@
 """z' = LN(z + relu(P + table[ids])) gamma + beta: the specification (cvfp.md 2.1, kernels.md 5.9).
 
-LN(y) = (y - mean) / sqrt(var + 1e-5), biased variance, statistics in fp32. Gradients are autograd's.
+LN(y) = (y - mean) / sqrt(var + 1e-5), biased variance, statistics in fp32. Autograd differentiates.
 Letters: n rows, d width, V ids.
 """
 
@@ -23,7 +23,7 @@ def cvfp_epilogue(
     z_old: Tensor | None = None,
     tau: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """z' (n, d) in z's dtype; with z_old the share of rows that moved less than tau, column sums."""
+    """z' (n, d) in z's dtype; with z_old the share of rows within tau, and column sums."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     y = z.to(wide) + F.relu(P.to(wide) + F.embedding(ids, table).to(wide))
     out = F.layer_norm(y, y.shape[-1:], gamma.to(wide), beta.to(wide), EPS)

@@ -8,9 +8,7 @@ from lib.kernels.check import Case, Draw, Operator
 from lib.kernels.gla import gla
 
 
-def make(
-    draw: Draw, B: int, H: int, T: int, Dk: int, Dv: int = 0, decay: float = 0.1
-) -> Case:
+def make(draw: Draw, B: int, H: int, T: int, Dk: int, Dv: int = 0, decay: float = 0.1) -> Case:
     """Queries and keys of norm about 1, decays exp(-decay |normal|); Dv 0: as Dk."""
     q, k = (draw.half(B, H, T, Dk, std=Dk**-0.5) for _ in range(2))
     v, s0 = draw.half(B, H, T, Dv or Dk), draw.wide(B, H, Dk, Dv or Dk)

@@ -284,9 +284,7 @@ def backward(
     )  # fmt: skip
     tail = (dlast * last).sum((-2, -1))
     config = _config("reverse_sum", q, T)
-    launch(
-        reverse_sum_kernel, (B * H,), config, each=each, tail=tail, out=dlog_a, T=T, ACC=acc(q)
-    )
+    launch(reverse_sum_kernel, (B * H,), config, each=each, tail=tail, out=dlog_a, T=T, ACC=acc(q))
     return dq, dk, dv, dlog_a, ds0
 
 

@@ -67,9 +67,7 @@ def backward_kernel(
 
 
 def _config(x: Tensor) -> configs.Config:
-    return configs.pick(
-        CANDIDATES, TUNED, "rms_norm", x.shape[-1], x.device, name_of(x.dtype)
-    )
+    return configs.pick(CANDIDATES, TUNED, "rms_norm", x.shape[-1], x.device, name_of(x.dtype))
 
 
 @torch.library.custom_op("kumiki::rms_norm", mutates_args=())

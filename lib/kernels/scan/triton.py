@@ -54,9 +54,9 @@ def backward_kernel(
     log_a, h, h0, dh, dlog_a, db, dh0, T, r, a_b, a_t, h0_b, dh_b, dh_t,
     BT: tl.constexpr, BR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """delta_t = dh_t + a_{t+1} delta_{t+1}: db = delta, dlog_a = a delta h_{t-1}, dh0 = a_1 delta_1.
+    """delta_t = dh_t + a_{t+1} delta_{t+1}: db = delta, dlog_a = a delta h_{t-1}.
 
-    Outputs and h contiguous; grid (B, ceil(r / BR)).
+    dh0 = a_1 delta_1. Outputs and h contiguous; grid (B, ceil(r / BR)).
     """
     batch = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BR + tl.arange(0, BR)

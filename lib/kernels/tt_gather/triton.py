@@ -59,10 +59,8 @@ def scatter_kernel(
     s = tl.program_id(0)
     k, own, far = tl.arange(0, RP), tl.arange(0, DOWN), tl.arange(0, DOTHER)
     total = tl.zeros((RP, DOWN), ACC)
-    if FIRST:  # (DOTHER, DOWN): dE transposed
-        column = own[None, :] * d2 + far[:, None]
-    else:
-        column = far[:, None] * d2 + own[None, :]
+    near, beyond = own[None, :], far[:, None]  # (DOTHER, DOWN): FIRST takes dE transposed
+    column = near * d2 + beyond if FIRST else beyond * d2 + near
     seen = (far < d_other)[:, None] & (own < d_own)[None, :] & (column < width)
     for entry in range(tl.load(begin + s), tl.load(end + s)):
         t = tl.load(order + entry)

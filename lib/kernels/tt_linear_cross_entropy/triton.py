@@ -76,9 +76,7 @@ def losses(
     total, chosen = (torch.zeros(n, dtype=kind, device=h.device) for _ in range(2))
     for z, common, _, _ in _blocks(h, head, wanted, softcap, block):
         config = _config(z, h.dtype)
-        launch(
-            block_stats_kernel, (n,), config, z=z, top=top, total=total, chosen=chosen, **common
-        )
+        launch(block_stats_kernel, (n,), config, z=z, top=top, total=total, chosen=chosen, **common)
     lse = top + total.log()
     return torch.where(targets >= 0, lse - chosen, 0), lse
 

@@ -57,7 +57,10 @@ def xxt_kernel(
 def forward(X: Tensor, alpha: float, beta: float, A: Tensor | None) -> Tensor:
     """X (b, n, m), A (b, n, n) or None -> (b, n, n) in X's dtype."""
     X, other = unit(X), unit(X if A is None else A)
-    (b, n, m), Y = X.shape, torch.empty(X.shape[0], X.shape[1], X.shape[1], dtype=X.dtype, device=X.device)
+    (b, n, m), Y = (
+        X.shape,
+        torch.empty(X.shape[0], X.shape[1], X.shape[1], dtype=X.dtype, device=X.device),
+    )
     config = configs.pick(CANDIDATES, TUNED, "xxt", m, X.device, name_of(X.dtype))
     tiles = triton.cdiv(n, config["BN"])
     launch(
