@@ -284,6 +284,8 @@ class Model(Family):
     """Tensor train -> L blocks -> norm -> the same tensor train."""
 
     compiled = ("hidden",)
+    c_sched: Tensor  # curvature of the schedule, of the geometry lorentz alone
+    c_held: Tensor  # bool: the schedule is over, these weights are fine-tuned
     _row: Tensor | None = None  # the newest training row, for the log
 
     def __init__(self, config: Config, vocab_size: int) -> None:
@@ -519,7 +521,8 @@ class Model(Family):
         x, each = self.table(row), []
         rope, c, beta, z = self._shared(x, 0)
         found: dict[str, float] = {}
-        for i, block in enumerate(self.blocks):
+        blocks: list[Any] = list(self.blocks)
+        for i, block in enumerate(blocks):
             n = block.norm1(x)
             if c is not None:
                 q, k, _ = block.attn.points(n, rope)

@@ -363,3 +363,15 @@ def test_activation_checkpointing_changes_nothing():
     backward(saving, batch())
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", ["phase7", "phase8"])
+def test_weights_of_another_model_are_refused_with_what_differs(name):
+    from lib.core.errors import UserError
+
+    config: Any = SMALL if name == "phase7" else phase8()
+    model = make(config, name=name)
+    model.refuse_weights(config)
+    with pytest.raises(UserError, match="tt_lr 4") as caught:
+        model.refuse_weights(replace(config, tt_lr=4.0))
+    assert caught.value.code == 2
