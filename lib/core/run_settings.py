@@ -27,11 +27,12 @@ class Train:
     init_from: str | None = None  # folder of another run's final model: weights only, step 0
     # length: the first that is given, in this order
     steps: int | None = None
+    epochs: float | None = None  # passes over all rows
     target_flops: float | None = None
     param_data_ratio: float | None = None  # tokens per scaling parameter
     batch_tokens: int | Literal["auto"] | None = None  # of one step over all ranks
     # optimizer; a family may have rates of its own
-    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # rule of the matrices
     lr: float = 3e-4  # peak
     beta1: float = 0.9
     beta2: float = 0.95
@@ -40,14 +41,16 @@ class Train:
     grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
     skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
     # schedule
-    schedule: Literal["constant", "linear", "cosine", "warmdown", "base", "modern"] | None = None
+    schedule: (
+        Literal["constant", "linear", "triangle", "cosine", "warmdown", "base", "modern"] | None
+    ) = None
     warmup: int = 0  # steps
     warmdown_ratio: float = 0.2  # share of the steps that `warmdown` falls over
     final_lr: float = 0.0  # share of the peak that is left at the end
     # average of the weights
     ema_decay: float = 0.0  # 0 = none; else evaluation and the final model use the average
     ema_ramp: bool = False  # min(decay, (1 + t) / (10 + t))
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is the faster
     # what is looked at on the way
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_bytes: int | None = None  # validation text of one of them, null = all
@@ -55,7 +58,7 @@ class Train:
 
     def __post_init__(self) -> None:
         counts = ("warmup", "skip_steps", "eval_every", "sample_every")
-        lengths = ("steps", "target_flops", "param_data_ratio", "eval_bytes")
+        lengths = ("steps", "epochs", "target_flops", "param_data_ratio", "eval_bytes")
         shares = ("beta1", "beta2", "ema_decay")
         batch = self.batch_tokens
         refuse(
@@ -69,6 +72,12 @@ class Train:
                 for n in shares
             ),
             (isinstance(batch, int) and batch < 1, "batch_tokens", batch, "use 1 or more"),
+            (
+                self.epochs is not None and (self.steps is not None or not isinstance(batch, int)),
+                "epochs",
+                self.epochs,
+                "give it without steps, and with a number of batch_tokens",
+            ),
             (not self.lr > 0, "lr", self.lr, "use a number above 0"),
             (not self.eps > 0, "eps", self.eps, "use a number above 0"),
             (self.weight_decay < 0, "weight_decay", self.weight_decay, "use 0 or more"),

@@ -2,8 +2,8 @@
 
 In:    a finished model, the documents, the token files that it was trained on.
 Out:   eval.json (nine numbers, the same keys for every family), eval_record.json (all that they
-       were made from), samples.json, examples/ (a line for each decision of cloze and CORE).
-       No time, rate, device or path in any of them.
+       were made from), samples.json, depth.csv, examples/ (a line for each decision of cloze and
+       CORE). No time, rate, device or path in any of them.
 Rule:  every rank scores, rank 0 writes; what belongs together is compared by hash (inputs.py)
        before the first forward pass.
 """
@@ -11,7 +11,7 @@ Rule:  every rank scores, rank 0 writes; what belongs together is compared by ha
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from lib.core.errors import InputError, UserError
 from lib.core.stage import Run
 from lib.eval import baselines, bpb
 from lib.eval.bpb import LEAST_BYTES, Measured, Ranks
+from lib.eval.depth import ExitScorer, write_depth
 from lib.eval.exams import Examiner, Marks
 from lib.eval.inputs import Inputs
 from lib.eval.scorer import Rules, Scorer
@@ -28,8 +29,9 @@ from lib.export.samples import language_of, make_samples
 from lib.train import parallel
 from lib.train.precision import pick_device
 
-RECORD, SAMPLES = "eval_record.json", "samples.json"
+RECORD, SAMPLES, DEPTH = "eval_record.json", "samples.json", "depth.csv"
 SPEED = "speed.json"  # beside the receipt, never among metrics
+S = TypeVar("S", bound=Scorer)
 
 
 def evaluate(run: Run) -> None:
@@ -59,7 +61,12 @@ def evaluate(run: Run) -> None:
     said = "null" if measured.bpb is None else f"{measured.bpb:.4f}"
     told = ", ".join(f"{k} {v:.4f}" for k, v in record["baselines"]["bpb"].items() if v is not None)
     run.log(f"bits per byte: {said} on {measured.total_bytes:,} bytes; beside it {told}")
-    files.write_json(run.files_beside("records") / RECORD, record)
+    beside = run.files_beside("records")
+    files.write_json(beside / RECORD, record)
+    start = time.perf_counter()
+    exits = scorer_of(ExitScorer, run, inputs, model, rules, device, dtype)
+    write_depth(beside / DEPTH, measured, exits, inputs.texts(), inputs.tokenizer)
+    seconds["depth"] = time.perf_counter() - start
     start = time.perf_counter()
     if settings.samples:
         write_samples(run, inputs, model, rules, device)
@@ -107,15 +114,7 @@ def measure_text(
         )
     if not inputs.tokenizer.lossless:
         return bpb.count_only(inputs.texts(), inputs.tokenizer)
-    scorer = Scorer(
-        model=model,
-        rules=rules,
-        token_bytes=inputs.tokenizer.token_bytes,
-        device=device,
-        dtype=dtype,
-        budget_tokens=run.runtime.eval_tokens,
-        warn=run.warn,
-    )
+    scorer = scorer_of(Scorer, run, inputs, model, rules, device, dtype)
     with run.progress(total, "bytes") as advance:
         return bpb.measure(
             inputs.texts(),
@@ -125,6 +124,21 @@ def measure_text(
             units=run.units,
             advance=advance,
         )
+
+
+def scorer_of(
+    kind: type[S], run: Run, inputs: Inputs, model: Any, rules: Rules, device: Any, dtype: Any
+) -> S:
+    """A scorer of `kind` as the run's settings have it."""
+    return kind(
+        model=model,
+        rules=rules,
+        token_bytes=inputs.tokenizer.token_bytes,
+        device=device,
+        dtype=dtype,
+        budget_tokens=run.runtime.eval_tokens,
+        warn=run.warn,
+    )
 
 
 def record_of(
