@@ -1,10 +1,10 @@
 """TRM against the recursion written down directly, in one run: python -m benchmarks.trm [--rows N].
 
 kumiki: lib.models.trm with its losses one by one, fused loss, fused AdamW, packed rows.
-direct: the same recursion as one would write it: separate projections, fused attention, whole logits,
-        one backward for all losses; same dtype, same rows, same first weights, so its losses are ours.
-guide:  fp32 as published: attention by explicit boolean masks, articles cut at T + 1 tokens and padded
-        to the longest of their batch; only tokens that are no padding count.
+direct: the same recursion as one would write it: separate projections, fused attention, whole
+        logits, one backward for all losses; same dtype, rows and first weights: equal losses.
+guide:  fp32 as published: attention by explicit boolean masks, articles cut at T + 1 tokens and
+        padded to the longest of their batch; only tokens that are no padding count.
 Steps are interleaved; speed is by CPU time of one thread, which hardly feels other work on the
 machine, and by the best wall clock step. `--generate N`: text with the cache and without.
 """
@@ -53,8 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     config = recipe(arguments)
-    print(f"{config.block}, d {config.width}, T {config.context}, V {arguments.vocab}, "
-          f"{arguments.rows} rows, {arguments.dtype}, {arguments.threads} threads", flush=True)  # fmt: skip
+    said = f"{config.block}, d {config.width}, T {config.context}, V {arguments.vocab}"
+    print(
+        f"{said}, {arguments.rows} rows, {arguments.dtype}, {arguments.threads} threads", flush=True
+    )
     if arguments.generate:
         compare_generation(config, arguments)
     else:
@@ -173,9 +175,9 @@ def compare_generation(config: Config, arguments: argparse.Namespace) -> None:
             cached=cached,
         )  # fmt: skip
         seconds[cached], made[cached] = time.process_time() - began, row.ids
-    ratio = seconds[False] / seconds[True]
-    print(f"  {arguments.generate} tokens: {seconds[True]:.1f} s with the cache, {seconds[False]:.1f} s "
-          f"without; {ratio:.1f} times (at least 10), same ids: {made[True] == made[False]}")  # fmt: skip
+    told = f"{seconds[True]:.1f} s with the cache, {seconds[False]:.1f} s without"
+    ratio = f"{seconds[False] / seconds[True]:.1f} times (at least 10)"
+    print(f"  {arguments.generate} tokens: {told}; {ratio}, same ids: {made[True] == made[False]}")
 
 
 # ---------------------------------------------------------------- the recursion, written directly
@@ -258,7 +260,7 @@ class Direct(nn.Module):
         if self.masked:
             future = torch.ones(n, n, dtype=torch.bool).triu(1)
             mask = future | (tokens < 0)[:, None, None, :]
-        x = self.table(tokens.clamp(min=0))
+        x, concat = self.table(tokens.clamp(min=0)), c.join == "concat"
         x = (
             x + self.place.weight[:n]
             if self.place is not None

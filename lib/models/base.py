@@ -55,7 +55,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
-    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # of the matrices
     batch_tokens: int = 2**19  # tokens of one optimizer step over all ranks
     steps: int = 1  # steps of the whole run
     param_data_ratio: float | None = None  # tokens per scaling parameter, where the run sets it
@@ -66,18 +66,20 @@ class Optim:
 class Group:
     """Parameters under one rule. `lr` is the peak: the schedule multiplies it.
 
-    adamw: decoupled decay, epsilon after the bias correction. muon, normuon: lib.train.optim;
-    `betas[1]` is normuon's, the momentum comes from the schedule, `weight_decay` is scheduled too.
+    adamw: decoupled decay, epsilon after the bias correction; adamw8bit: its moments in a byte
+    each, by an optional library. muon, normuon: lib.train.optim; `betas[1]` is normuon's, the
+    momentum comes from the schedule, `weight_decay` is scheduled too.
     """
 
     name: str
     params: Mapping[str, nn.Parameter]
-    rule: Literal["adamw", "muon", "normuon"] = "adamw"
+    rule: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
     iteration_dtype: torch.dtype = torch.bfloat16  # in which muon orthogonalises
+    scheduled: bool = True  # False: `lr` holds throughout (rule adamw only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,14 @@ class Family(nn.Module):
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def logits_at(self, tokens: Tensor, where: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits (N, V) of the N positions that `where` (B, n) bool marks, in row order; the state.
+
+        A family with a large head overrides it, so that no other logits are computed.
+        """
+        logits, state = self(tokens, state)
+        return logits[where], state
 
     # ------------------------------------------------------------ losses
 
@@ -160,6 +170,13 @@ class Family(nn.Module):
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
         self.to(device)
+
+    def weights_taken(self) -> None:
+        """Called where a run begins with another one's weights: hold what would start anew."""
+
+    def exported(self, config: Any) -> tuple[Any, Family]:
+        """(Config, model) as an export writes them, without what only training needs."""
+        return config, self
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
