@@ -37,6 +37,17 @@ TINY: dict[str, list[dict]] = {
         {"depth": 2, "width": 16, "heads": 2, "context": T},
         {"depth": 2, "width": 16, "heads": 2, "context": T, "variant": "modern", "kv_heads": 1},
     ],
+    "trm": [
+        {"width": 16, "heads": 2, "context": T},
+        {
+            **{"width": 16, "heads": 2, "context": T, "depth": 1, "latent_steps": 2},
+            **{"block": "post_ln", "join": "concat", "schedule": "every", "init": "input"},
+            **{"grad": "last", "input_norm": True},
+        },
+        {"width": 16, "heads": 2, "context": T, "halt": "q", "tied": False},
+        {"width": 16, "heads": 2, "context": T, "variant": "looped", "match": "trm"},
+        {"width": 16, "heads": 2, "context": T, "variant": "plain", "depth": 3},
+    ],
     "phase7": [
         PHASE7,
         {**PHASE7, "geometry": "euclid", "tt_order": "strided", "window": 1},

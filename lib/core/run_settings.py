@@ -43,14 +43,16 @@ class Train:
     grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
     skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
     # schedule
-    schedule: Literal["constant", "linear", "cosine", "warmdown", "base", "modern"] | None = None
+    schedule: (
+        Literal["constant", "linear", "triangle", "cosine", "warmdown", "base", "modern"] | None
+    ) = None
     warmup: int = 0  # steps
     warmdown_ratio: float = 0.2  # share of the steps that `warmdown` falls over
     final_lr: float = 0.0  # share of the peak that is left at the end
     # average of the weights
     ema_decay: float = 0.0  # 0 = none; else evaluation and the final model use the average
     ema_ramp: bool = False  # min(decay, (1 + t) / (10 + t))
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is the faster
     # what is looked at on the way
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_bytes: int | None = None  # validation text of one of them, null = all
@@ -215,10 +217,41 @@ class BitsPerByte:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Core:
+    """DCLM's CORE, or the part of it that a bundle holds (evaluation.md 3)."""
+
+    enabled: Literal["auto"] | bool = "auto"  # auto: where there is a bundle
+    bundle: str | None = None  # a source of kind archive, or a folder with core.yaml
+    max_per_task: int = 0  # rows of a task, 0 = all; a capped run is core_partial
+    max_context: int | None = None  # ids of a prompt; null: what the model was trained on
+
+    def __post_init__(self) -> None:
+        limit, ways = self.max_context, "name a folder with core.yaml, or a source of kind archive"
+        refuse(
+            (self.enabled is True and not self.bundle, "bundle", self.bundle, ways),
+            (self.max_per_task < 0, "max_per_task", self.max_per_task, "use 0 (all) or more"),
+            (limit is not None and limit < 2, "max_context", limit, "use 2 or more, or null"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cloze:
+    """Tasks made from the validation text (evaluation.md 6)."""
+
+    items: int = 400  # of each task at most, 0 = no cloze
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        refuse((self.items < 0, "items", self.items, "use 0 (off) or more"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     """Section `eval`: how finished models are measured, the same way for all families."""
 
     bpb: BitsPerByte = field(default_factory=BitsPerByte)
+    core: Core = field(default_factory=Core)
+    cloze: Cloze = field(default_factory=Cloze)
     samples: bool = True  # texts of the model beside its numbers
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; auto: fp32 on a CPU
 

@@ -13,21 +13,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.lorentz_attention import lorentz_attention
 from lib.kernels.scan import scan
 from lib.models.base import Batch, Defaults, Family, Group, Optim
-from lib.nn import lorentz
 from lib.nn.attention import causal_attention
 from lib.nn.conv import CausalConv
 from lib.nn.linear import Linear
+from lib.nn.lorentz import (
+    bound,
+    bound_factor,
+    centroid,
+    curvature_at,
+    facts,
+    lift,
+    temperature,
+)
 from lib.nn.norm import RmsNorm
 from lib.nn.rope import Tables, rope_tables, rotate
 from lib.nn.swiglu import SwiGlu
@@ -169,7 +178,7 @@ class Attention(nn.Module):
         self.geometry, self.window = config.geometry, config.window
         self.centroid = config.values == "centroid"
         c_max = config.curvature.c_max
-        self.kappa = lorentz.bound_factor(d // config.heads, config.r_max, c_max)
+        self.kappa = bound_factor(d // config.heads, config.r_max, c_max)
         self.q, self.k, self.v, self.o = (Linear(d, d) for _ in range(4))
 
     def points(self, n: Tensor, rope: Tables) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +187,7 @@ class Attention(nn.Module):
             f(n).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
         )
         # A rotation of the space part fixes the origin: norms and times stay.
-        q, k = (rotate(lorentz.bound(x, self.kappa), rope).to(x.dtype) for x in (q, k))
+        q, k = (rotate(bound(x, self.kappa), rope).to(x.dtype) for x in (q, k))
         return q, k, v
 
     def forward(
@@ -196,9 +205,9 @@ class Attention(nn.Module):
         else:
             if self.centroid:
                 assert c is not None
-                seen = lorentz.lift(v if v.dtype == torch.float64 else v.float(), c)
+                seen = lift(v if v.dtype == torch.float64 else v.float(), c)
             out = lorentz_attention(q, k, seen, c, beta, self.window)
-            out = lorentz.centroid(out, c).to(v.dtype) if self.centroid and c is not None else out
+            out = centroid(out, c).to(v.dtype) if self.centroid and c is not None else out
         first = max(0, k.shape[2] - self.window + 1)
         return self.o(out.transpose(1, 2).flatten(2)), k[:, :, first:], v[:, :, first:]
 
@@ -356,14 +365,14 @@ class Model(Family):
         beta = F.softplus(self.beta)
         if self.config.geometry != "lorentz":
             return beta
-        return beta * lorentz.temperature(self.c_sched, self.config.width // self.config.heads)
+        return beta * temperature(self.c_sched, self.config.width // self.config.heads)
 
     @torch.no_grad()
     def _follow_schedule(self, step: int) -> None:
         """c_sched of this step, unless it is held; decided on the device: nobody waits."""
         if self.config.geometry == "lorentz":
             k = self.config.curvature
-            c = lorentz.schedule(k.kind, step, k.warmup, k.c_min, k.c_max)
+            c = curvature_at(k.kind, step, k.warmup, k.c_min, k.c_max)
             self.c_sched.copy_(torch.where(self.c_held, self.c_sched, c))
 
     def weights_taken(self) -> None:
@@ -418,6 +427,14 @@ class Model(Family):
         return config, model.eval()
 
     # ------------------------------------------------------------ weights
+
+    def refuse_weights(self, config: Config) -> None:
+        """UserError with every setting in which the weights' model is another one."""
+        own, theirs = asdict(self.config), asdict(config)
+        if told := [f"{n} {theirs[n]}, here {own[n]}" for n in own if own[n] != theirs[n]]:
+            raise UserError(
+                "weights of another model", value="; ".join(told), remedy="make the keys equal"
+            )
 
     def init_buffers(self) -> None:
         """The schedule's first curvature; the order of ids."""
@@ -506,7 +523,7 @@ class Model(Family):
             n = block.norm1(x)
             if c is not None:
                 q, k, _ = block.attn.points(n, rope)
-                each.append(lorentz.facts(q, k, c[i], beta[i], self.config.window))
+                each.append(facts(q, k, c[i], beta[i], self.config.window))
             if block.mix is not None:
                 found[f"gate/{i}"] = float(torch.sigmoid(block.mix(n)).mean())
             own = (c[i] if c is not None else None, beta[i], z[i] if z is not None else None)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.gla import gla
 from lib.models.base import Batch, Defaults, Family, Group, Optim
@@ -203,6 +204,14 @@ class Model(Family):
         return config, model.eval()
 
     # ------------------------------------------------------------ weights
+
+    def refuse_weights(self, config: Config) -> None:
+        """UserError with every setting in which the weights' model is another one."""
+        own, theirs = asdict(self.config), asdict(config)
+        if told := [f"{n} {theirs[n]}, here {own[n]}" for n in own if own[n] != theirs[n]]:
+            raise UserError(
+                "weights of another model", value="; ".join(told), remedy="make the keys equal"
+            )
 
     def init_buffers(self) -> None:
         """The order of ids."""

@@ -31,7 +31,7 @@ def bound(x: Tensor, kappa: float) -> Tensor:
     return wide * torch.rsqrt(1 + wide.square().sum(-1, keepdim=True) / (kappa**2 * x.shape[-1]))
 
 
-def schedule(kind: Kind, step: int, warmup: int, c_min: float, c_max: float) -> float:
+def curvature_at(kind: Kind, step: int, warmup: int, c_min: float, c_max: float) -> float:
     """c_min + (c_max - c_min) f(min(step / warmup, 1)), f(x) = x, (1 - cos pi x) / 2, or 1."""
     x = min(step / warmup, 1.0) if warmup else 1.0
     share = {"linear": x, "cosine": (1 - math.cos(math.pi * x)) / 2, "constant": 1.0}[kind]

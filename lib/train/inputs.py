@@ -101,22 +101,13 @@ class Data:
         return texts
 
 
-def take_weights(source: Path, model: Family, config: object, tokenizer: str) -> None:
-    """Load the weights of the finished model in `source` into `model`, of Config `config`.
+def take_weights(source: Path, model: Family, tokenizer: str) -> None:
+    """Load the weights of the finished model in `source` into `model`.
 
-    UserError unless tokenizer and settings agree; it lists what differs.
+    UserError unless tokenizer and shapes agree, and what else the family compares.
     """
     final = Final.open(source, tokenizer)
-    ours, theirs = artifact.plain(config), artifact.plain(final.config)
-    names = [n for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
-    if names:
-        differing = (f"{n} {theirs.get(n)}, this run {ours.get(n)}" for n in names)
-        raise UserError(
-            "model to start from is another one",
-            file=source,
-            value="; ".join(differing),
-            remedy="give the run the same model settings",
-        )
+    model.refuse_weights(final.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(final.weights(shapes))
     model.weights_taken()

@@ -66,7 +66,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
         model.to_empty(device="cpu")
         model.init_weights(seed)
         if settings.init_from:
-            take_weights(Path(settings.init_from), model, config, data.tokenizer.fingerprint)
+            take_weights(Path(settings.init_from), model, data.tokenizer.fingerprint)
         model.place(device, dtype)
 
         def push_weights(step: int, weights: dict[str, Tensor]) -> None:
@@ -144,6 +144,7 @@ def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, An
         "skipped": position.skipped,
         "best": position.best,
         "params": plan.parameters,
+        "notes": job.model.notes(),
         "train_tokens": tokens,
         "train_flops": tokens * plan.flops_per_token,
         "parents": parents_of(identity),

@@ -281,7 +281,7 @@ def test_gates_are_zero_or_one_and_some_always_stay():
 
 @pytest.mark.parametrize("target", [0.5, 0.25])
 def test_ranks_end_near_their_target_and_export_prunes_them(target):
-    """Of 16 channels, in a run of 60 steps; pruned logits are equal, no layer is below the least."""
+    """Of 16 channels, in 60 steps; pruned logits are equal, no layer is below the least."""
     config = replace(SMALL, ssm_rank=16, rank=Rank(target=target))
     model: Any = make(config)
     steps = 60

@@ -39,9 +39,9 @@ def test_rope_leaves_times_and_changes_no_norm():
     ],
 )
 def test_schedule(kind, values):
-    got = [lorentz.schedule(kind, s, 60, 1e-3, 1.0) for s in (0, 30, 60, 600)]
+    got = [lorentz.curvature_at(kind, s, 60, 1e-3, 1.0) for s in (0, 30, 60, 600)]
     assert got == pytest.approx(values)
-    assert lorentz.schedule("cosine", 15, 60, 1e-3, 1.0) == pytest.approx(0.1473, abs=1e-4)
+    assert lorentz.curvature_at("cosine", 15, 60, 1e-3, 1.0) == pytest.approx(0.1473, abs=1e-4)
 
 
 def test_sharpness_does_not_follow_the_schedule():
@@ -50,7 +50,7 @@ def test_sharpness_does_not_follow_the_schedule():
     q, k = (lorentz.bound(torch.randn(1, 1, 200, 64, generator=draw, dtype=F64), 2.0) for _ in "qk")
     none, spreads = torch.zeros(200, 200, dtype=torch.bool), []
     for step in range(0, 61, 10):
-        c = torch.tensor([lorentz.schedule("cosine", step, 60, 1e-3, 1.0)], dtype=F64)
+        c = torch.tensor([lorentz.curvature_at("cosine", step, 60, 1e-3, 1.0)], dtype=F64)
         beta = 0.5 / 8 * lorentz.temperature(c, 64)
         spreads.append(float(reference._Scores(q, k, c, beta, none).values.std()))
     assert max(spreads) / min(spreads) < 1.5, spreads
