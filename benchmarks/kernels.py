@@ -1,9 +1,9 @@
 """Kernels against their peers on a GPU: python -m benchmarks.kernels [--op ...] [--dtype ...].
 
 Every row stands behind a correctness gate of the same operator, shape and dtype in the same
-process; red is no row. Each provider is a process of its own. Interpreted kernels and kernels on CPU tensors
-are refused (exit 2): their times say nothing. `--cpu` times eager and compiled references only, and
-those rows carry the word CPU. Results: benchmarks/results/<device>/<op>.csv, with the date.
+process; red is no row. Each provider is a process of its own. Interpreted kernels and kernels on
+CPU tensors are refused (exit 2): their times say nothing. `--cpu` times eager and compiled
+references only, and those rows carry the word CPU. Results: benchmarks/results/<device>/<op>.csv.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Choose launch configurations on this GPU: python -m benchmarks.tune [--op ...].
 
 Every candidate of lib/kernels/<op>/configs.py is checked, then timed at the shape of production;
-the fastest is printed as a line for that file's TUNED table, to be committed with device name and date.
-Training never times: it reads the table.
+the fastest is printed as a line for that file's TUNED table, to be committed with device name and
+date. Training never times: it reads the table.
 """
 
 from __future__ import annotations
