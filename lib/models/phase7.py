@@ -491,7 +491,12 @@ class Model(Family):
             "scores": {"lr": RANK_TRAVEL / optim.steps, "scheduled": False},
             "rest": {"lr": optim.lr},
         }  # fmt: skip
-        return [Group(name=n, params=members[n], **common, **settings[n]) for n in members]
+        # The log shows the first group's rate: the matrices', which is the run's own `lr`.
+        return [
+            Group(name=n, params=members[n], **common, **settings[n])
+            for n in settings
+            if n in members
+        ]
 
     def flops_per_token(self, T: int) -> int:
         """6 (block matrices + V d) + 12 L H D w, w the mean number of visible keys."""

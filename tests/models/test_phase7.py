@@ -220,6 +220,8 @@ def test_every_parameter_has_a_gradient_after_one_step(name, config):
 def test_groups_have_their_rates():
     model = make()
     groups = {g.name: g for g in model.param_groups(Optim(lr=1e-3, steps=300))}
+    for each in (model, make(phase8(), name="phase8")):
+        assert each.param_groups(Optim(lr=1e-3))[0].lr == 1e-3  # what the log line shows
     assert groups["table"].lr == pytest.approx(8e-3) and groups["table"].weight_decay == 0
     assert groups["scores"].lr == pytest.approx(0.01) and not groups["scores"].scheduled
     assert groups["matrices"].weight_decay == 0.1
