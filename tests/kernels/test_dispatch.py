@@ -192,7 +192,7 @@ def test_runtime_kernels_is_checked_by_name_and_value():
 
     assert Runtime(kernels={"default": "auto", "scan": "reference"}).kernels["scan"] == "reference"
     for wrong in ({"scn": "auto"}, {"scan": "tritn"}):
-        with pytest.raises(Refused, match="kernels.sc"):
+        with pytest.raises(Refused, match=r"kernels\.sc"):
             Runtime(kernels=wrong)
 
 
