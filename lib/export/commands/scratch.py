@@ -22,6 +22,7 @@ from lib.core.errors import InputError, UserError
 from lib.export import pipeline, tables
 from lib.export.console import note
 
+LOCKED = re.compile(r"path: (\S+\.manifest\.json)\n\s+hash: md5\n\s+md5: (\w+)")
 KINDS = ("shards", "tokens", "embeddings")  # what manifests name; the rest is state of runs
 
 
