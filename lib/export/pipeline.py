@@ -47,7 +47,7 @@ def states(raw: Mapping[str, Any]) -> list[State]:
     found: list[State] = []
     stale_outputs: dict[str, str] = {}
     for name, body in expand(raw):
-        outs = [o if isinstance(o, str) else next(iter(o)) for o in _outs(body)]
+        outs = outputs(body)
         deps = [d for d in body.get("deps", []) if d not in outs]
         state = _state(name, body, locked.get(name), outs, stale_outputs, deps, raw)
         if state.state != "done":
@@ -80,8 +80,10 @@ def _filled(value: Any, values: Mapping[str, Any]) -> Any:
     return [_filled(v, values) for v in value] if isinstance(value, list) else value
 
 
-def _outs(body: Mapping[str, Any]) -> list[Any]:
-    return [*body.get("outs", []), *body.get("metrics", []), *body.get("plots", [])]
+def outputs(body: Mapping[str, Any]) -> list[str]:
+    """Paths that a stage makes, metrics and plots among them."""
+    every = [*body.get("outs", []), *body.get("metrics", []), *body.get("plots", [])]
+    return [one if isinstance(one, str) else next(iter(one)) for one in every]
 
 
 def _state(
