@@ -336,7 +336,7 @@ def _disk_rate(total_bytes: int) -> float:
 
 
 def family_rows(family: str) -> Iterator[Row]:
-    """The deep checks: loss at start near ln V, causal, state equals the full forward, gradients."""
+    """The deep checks: loss at start near ln V, causal, state equals the full forward."""
     try:
         yield from _deep(family)
     except KumikiError as error:

@@ -60,7 +60,7 @@ def _names(plain: Mapping[str, Any]) -> list[str]:
 def block_lines(
     name: str,
     weights: Mapping[str, float],
-    local: Mapping[str, Mapping[str, Any]] = {},  # noqa: B006  # never changed
+    local: Mapping[str, Mapping[str, Any]] | None = None,
     tokens: int | None = None,
 ) -> list[str]:
     """The block, ready to be pasted."""

@@ -28,8 +28,8 @@ GROUPS = {  # share of Japanese, code, everything else (phase7.md 8.2)
     "japanese": {"japanese": 0.70, "code": 0.15, "general": 0.15},
     "code": {"japanese": 0.15, "code": 0.70, "general": 0.15},
 }
-HEADER = ("source", "kind", "weight", "share", "split", "field", "cap", "licence", "documents",
-          "bytes", "disk", "realised")  # fmt: skip
+HEADER = ("source", "kind", "weight", "share", "split", "field", "cap", "documents",
+          "bytes", "disk", "realised", "licence")  # fmt: skip
 
 
 @dataclass
@@ -195,7 +195,7 @@ def show(settings: Settings, name: str | None, as_json: bool) -> None:
     for recipe, rows in documents.items():
         cells = [
             (r["source"], r["kind"], f"{r['weight']:g}", f"{100 * r['share']:.1f} %", r["split"],
-             r["field"], r["cap"], r["licence"], r["documents"], tables.size(r["bytes"]),
+             r["field"], r["cap"], r["documents"], tables.size(r["bytes"]),
              tables.size(r["disk_bytes"]),
              None if r["realised"] is None else f"{100 * r['realised']:.1f} %")
             for r in rows
