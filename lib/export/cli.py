@@ -16,8 +16,9 @@ from pathlib import Path
 
 from lib.core.errors import Interrupted, KumikiError, UserError, report_lines
 
-ANYWHERE = ("generate", "chat", "push", "completion")  # the others need the project's folder
+ANYWHERE = ("generate", "chat", "push", "harness", "completion")  # the others need the project's folder
 DEVICES = ("auto", "cpu", "cuda", "mps")
+ELSEWHERE = {"harness": "lib.eval.harness_command"}  # modules outside of lib/export/commands
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -173,6 +174,16 @@ def _scratch(command: argparse.ArgumentParser) -> None:
     add("--yes", action="store_true", help="gc: remove, do not ask")
 
 
+def _harness(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", nargs="?", metavar="MODEL", help="run or folder; default: the newest model")
+    add("--tasks", required=True, metavar="A,B", help="cloze, labels of --bundle, or its own tasks")
+    add("--bundle", metavar="FOLDER", help="a folder with core.yaml")
+    add("--documents", metavar="FOLDER", help="documents that cloze is made from")
+    add("--limit", type=int, metavar="N", help="rows of a task")
+    add("--device", default="auto", choices=DEVICES)
+
+
 def _completion(command: argparse.ArgumentParser) -> None:
     command.add_argument("shell", choices=SHELLS)
 
@@ -194,6 +205,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "parallel": ("Run stages side by side in git worktrees.", _parallel),
     "push": ("Upload an exported model to the hub.", _push),
     "scratch": ("List, verify, clean or copy what lies in scratch.", _scratch),
+    "harness": ("Judge a model by lm-evaluation-harness, beside our own figures.", _harness),
     "completion": ("Print the completion script of a shell.", _completion),
 }
 
@@ -238,7 +250,8 @@ def _dispatch(argv: Sequence[str] | None) -> int:
             if root is None:
                 raise UserError("no project here", value=Path.cwd(), remedy="cd to its folder")
             os.chdir(root)
-        module = importlib.import_module(f"lib.export.commands.{arguments.command}")
+        name = ELSEWHERE.get(arguments.command, f"lib.export.commands.{arguments.command}")
+        module = importlib.import_module(name)
         module.run(arguments, root)
     sys.stdout.flush()
     return 0
