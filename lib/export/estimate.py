@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +291,8 @@ def _streamed(settings: Settings, model: Any, plan: Any, machine: Machine) -> di
         return None
     import torch
 
-    from lib.nn.stream import decide, estimate
-
+    decide = import_module("lib.nn.stream.decide")
+    estimate = import_module("lib.nn.stream.estimate")
     card = next(
         (card for name, card in estimate.CARDS.items() if machine.name.startswith(name)),
         estimate.Card(name=machine.name, memory=machine.vram_bytes, flops=machine.flops,
