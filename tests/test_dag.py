@@ -17,6 +17,7 @@ from lib.core.stage import Stage
 from tests.conftest import ROOT
 
 STAGES = dag.stages_of(ROOT)
+WITHOUT_OVERLAY = {"seed", "profile", "runs", "families"}
 RANK = {"lib": 0, "core": 1, "kernels": 2, "nn": 3, "models": 4, "stages": 6}
 RANK |= dict.fromkeys(("data", "train", "eval", "export"), 5)
 
@@ -53,7 +54,7 @@ def wanted_parameters(name: str) -> set[str]:
     item = words[words.index(f"--{stage.item}") + 1] if stage.item else ""
     if name != "train":
         sections = {s.replace("{name}", item).replace("{family}", item) for s in stage.sections}
-        return sections | {f"profiles.${{profile}}.{s}" for s in sections - {"seed"}}
+        return sections | {f"profiles.${{profile}}.{s}" for s in sections - WITHOUT_OVERLAY}
     overlays = {f"profiles.${{profile}}.{s}" for s in ("train", "runs", "model")}
     return {"seed", "train", "runs.${key}", "model.${item.family}"} | overlays
 
@@ -76,6 +77,9 @@ def test_paths_of_the_command_are_dependencies_and_outputs(name):
     assert all(out in places or str(Path(out).parent) in places for out in outs)
     given = {k: v for k, v in options.items() if k in stage.inputs}
     data = {d for d in body["deps"] if not d.endswith(".py")} - {"data/local", "data/samples"}
+    if name == dag.REPORT:  # every run's files, listed one by one
+        assert data == set(dag.report_inputs(ROOT))
+        return
     assert set(given.values()) == data, "the command's inputs and the data dependencies differ"
     assert given.keys() == stage.inputs.keys(), "every input of the stage is written out"
 
