@@ -40,11 +40,15 @@ class Asked(Protocol):
 
 @dataclass(kw_only=True)
 class Batch:
-    """One micro-batch. tokens, targets: (rows, T) int64; step: updates made before it."""
+    """One micro-batch. tokens, targets: (rows, T) int64; step: updates made before it.
+
+    rows: their numbers among the packed rows, where the family reads more than ids.
+    """
 
     tokens: Tensor
     targets: Tensor
     step: int
+    rows: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

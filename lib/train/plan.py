@@ -59,6 +59,12 @@ def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) 
     """Resolve `settings` for `model`. UserError where no step or no whole rows come out."""
     wanted = model.defaults()
     flops = model.flops_per_token(context)
+    if settings.steps is not None and wanted.steps is not None:
+        raise UserError(
+            "the family decides the length of this run",
+            value=f"steps {settings.steps}, its own {wanted.steps}",
+            remedy="leave steps null, or choose a solver without sweeps",
+        )
     ratio = settings.param_data_ratio
     if ratio is None and settings.steps is None and settings.target_flops is None:
         ratio = wanted.param_data_ratio
@@ -79,7 +85,7 @@ def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) 
         batch_tokens=batch,
         params=model.scaling_params(),
         flops_per_token=flops,
-        num_iterations=settings.steps,
+        num_iterations=settings.steps or wanted.steps,
         target_flops=settings.target_flops,
         param_data_ratio=ratio,
     )

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +61,8 @@ def train(job: Job) -> Outcome:
         peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
     rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world)
+    if model.whole_steps:
+        micro_rows = plan.rows // world
     micro_batches = plan.rows // micro_rows  # of one step over all ranks
     parameters = list(model.parameters())
     model.attach(job.work)
@@ -67,10 +71,21 @@ def train(job: Job) -> Outcome:
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
 
-    def backward(ids: Tensor, step: int) -> Tensor | None:
+    def cut(ids: np.ndarray, step: int) -> list[Batch]:
+        """The micro-batches of this rank's rows."""
+        parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
+        numbers: list[Any] = [None] * len(parts)
+        if model.inputs != "tokens" and model.stream_rows is None:
+            whole = rows.row_numbers(step, rank, world)
+            numbers = np.split(whole, range(micro_rows, len(whole), micro_rows))
+        return [
+            Batch(tokens=p[:, :-1], targets=p[:, 1:], step=step, rows=n)
+            for p, n in zip(parts, numbers, strict=True)
+        ]
+
+    def backward(batch: Batch) -> Tensor | None:
         """Gradients of one micro-batch, added; its loss, or None where the family yields none."""
-        batch, total = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=step), None
-        losses = iter(model.losses(batch))
+        total, losses = None, iter(model.losses(batch))
         while True:
             with autocast(device, job.dtype):
                 loss = next(losses, None)
@@ -96,7 +111,7 @@ def train(job: Job) -> Outcome:
         ids = torch.from_numpy(next(rows.prefetch(position.step, position.step + 1, rank, world)))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            loss = backward(ids[:micro_rows].to(device), position.step)
+            loss = backward(cut(ids, position.step)[0])
             if loss is not None:
                 loss.item()  # waits for the device
         return time.monotonic() - began
@@ -117,8 +132,8 @@ def train(job: Job) -> Outcome:
         with closing(batches) as arrays:  # type: ignore[type-var]  # loaders give generators
             for step, ids in enumerate(arrays, start=position.step):
                 # ---- gradients of the whole batch
-                parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
-                seen = [loss for part in parts if (loss := backward(part, step)) is not None]
+                parts = cut(ids, step)
+                seen = [loss for part in parts if (loss := backward(part)) is not None]
                 parallel.sum_gradients(parameters)
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 norm = parallel.global_norm(gradients).to(device) / scaler.scale
@@ -142,9 +157,7 @@ def train(job: Job) -> Outcome:
                     scaler.went_well()
                 elif seen and not scaler.overflowed():
                     if position.skipped == settings.skip_steps:
-                        micro = safety.find_culprit(
-                            model, parts, lambda ids, s=step: backward(ids, s)
-                        )
+                        micro = safety.find_culprit(model, parts, backward)
                         raise safety.non_finite(
                             done, micro, micro_rows, rows, loss, grad, committed, device
                         )
@@ -169,7 +182,7 @@ def train(job: Job) -> Outcome:
                 if runtime.hub and done % runtime.hub.every_steps == 0:
                     job.push(done, state.weights())
                 asked = asked or (world == 1 and job.stop.asked)  # since the numbers were taken
-                waits = done - committed >= runtime.checkpoint_every_steps or model.sweep_end()
+                waits = model.sweep_end() or done - committed >= runtime.checkpoint_every_steps
                 if is_last or asked or late or improved or waits:
                     state.commit(observer)
                     committed, committed_at = done, time.monotonic()
