@@ -72,7 +72,7 @@ def train(job: Job) -> Outcome:
         setattr(model, name, torch.compile(getattr(model, name)))
 
     def cut(ids: np.ndarray, step: int) -> list[Batch]:
-        """The micro-batches of this rank's rows."""
+        """The micro-batches of this rank's rows, with their numbers where a family reads by row."""
         parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
         numbers: list[Any] = [None] * len(parts)
         if model.inputs != "tokens" and model.stream_rows is None:
@@ -108,7 +108,7 @@ def train(job: Job) -> Outcome:
 
     def dry_step() -> float:
         """One micro-batch, then forgotten: a lack of memory shows now, not hours later. Seconds."""
-        ids = torch.from_numpy(next(rows.prefetch(position.step, position.step + 1, rank, world)))
+        ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
             loss = backward(cut(ids, position.step)[0])
