@@ -62,7 +62,7 @@ class Train:
     # average of the weights
     ema_decay: float = 0.0  # 0 = none; else evaluation and the final model use the average
     ema_ramp: bool = False  # min(decay, (1 + t) / (10 + t))
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is native
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is the faster
     # what is looked at on the way
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_bytes: int | None = None  # validation text of one of them, null = all

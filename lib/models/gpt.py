@@ -486,17 +486,17 @@ class Model(Family):
             if name in members
         ]
         rule = self._normuon(optim, 0.02 * eta) if modern else {"rule": "muon", "lr": 0.02}
-        return [*groups, Group(name="matrices", params=members["matrices"], **rule)]
+        # The reference iterates in bf16, for its devices are fast at it; an fp32 run's is not.
+        bf16 = optim.compute_dtype == torch.bfloat16
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        matrices = members["matrices"]
+        return [*groups, Group(name="matrices", params=matrices, iteration_dtype=dtype, **rule)]
 
     def _normuon(self, optim: Optim, lr: float) -> dict[str, Any]:
         ratio = optim.param_data_ratio or self.defaults().param_data_ratio
         tokens = float(optim.steps * optim.batch_tokens)
         decay = muon_decay(optim.batch_tokens, tokens, ratio * self.reference_params())
-        bf16 = optim.compute_dtype == torch.bfloat16
-        return {
-            "rule": "normuon", "lr": lr, "betas": (0.0, 0.9), "weight_decay": decay,
-            "iteration_dtype": torch.bfloat16 if bf16 else torch.float32,
-        }  # fmt: skip
+        return {"rule": "normuon", "lr": lr, "betas": (0.0, 0.9), "weight_decay": decay}
 
     def _matmul_weights(self) -> int:
         return sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))

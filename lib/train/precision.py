@@ -20,8 +20,9 @@ FIRST_SCALE, GROWTH_STEPS, MIN_SCALE = 2.0**16, 2000, 1.0
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of matmuls. `auto`: bf16 where the hardware multiplies it, else fp16 or fp32.
 
-    fp16 on a GPU, fp32 on a CPU: one that emulates bf16 would be slower. Measured on a CPU with
-    AVX-512 BF16: a step of the small GPT in a third of fp32's time or less.
+    fp16 on a GPU, fp32 on a CPU: one that emulates bf16 would be slower. So is one that has only
+    AVX-512 BF16, whose dot product runs at half the rate of fp32's multiply-add: a step of the
+    small GPT takes 1.4 times fp32's time there (docs/benchmarks.md). AMX tiles are made for it.
     """
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -34,8 +35,8 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 instructions (AVX-512 BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones: it has AMX."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

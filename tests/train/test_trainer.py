@@ -347,6 +347,14 @@ def test_precision_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
     assert compute_dtype("bf16", cpu) == torch.bfloat16
 
 
+def test_a_cpu_multiplies_bf16_where_it_has_amx(monkeypatch):
+    """AVX-512 BF16 alone runs at half of fp32's rate."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert precision.cpu_multiplies_bf16() is amx
+
+
 def test_activation_checkpointing_changes_no_bit(tmp_path, undisturbed):
     runtime = replace(RUNTIME, activation_checkpointing=True)
     run(tmp_path, runtime=runtime)
