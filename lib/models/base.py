@@ -27,7 +27,16 @@ from torch.utils.checkpoint import checkpoint
 from lib.core.rng import torch_generator
 from lib.models import families, load_family
 
-__all__ = ["Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family"]
+__all__ = [
+    "STEP", "Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family",
+]  # fmt: skip
+
+
+class _Step:
+    """The type of `STEP`."""
+
+
+STEP = _Step()  # what `losses` yields where the optimizer is to step before the next loss
 
 
 class Batch(Protocol):
@@ -109,8 +118,11 @@ class Family(nn.Module):
 
     # ------------------------------------------------------------ losses
 
-    def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Scalar losses, one by one, each backpropagated before the next is asked for."""
+    def losses(self, batch: Batch) -> Iterator[Tensor | _Step]:
+        """Scalar losses, one by one, each backpropagated before the next is asked for.
+
+        `STEP` between them: the trainer updates the weights before it goes on, within one batch.
+        """
         losses = self.token_losses(batch.tokens, batch.targets)
         yield losses.sum() / (batch.targets >= 0).sum().clamp(min=1)
 
@@ -154,6 +166,10 @@ class Family(nn.Module):
         return block(*inputs)
 
     # ------------------------------------------------------------ optimisation and accounts
+
+    def matched_steps(self, steps: int | None, T: int) -> int | None:
+        """Steps of the run where its settings say `steps`; a twin of equal FLOPs takes others."""
+        return steps
 
     def param_groups(self, optim: Optim) -> list[Group]:
         """Matrices with decay, everything else without; each parameter exactly once."""
