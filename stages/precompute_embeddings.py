@@ -18,7 +18,7 @@ from lib.core.stage import Run, Stage
 STAGE = Stage(
     name="precompute_embeddings",
     about="Write the vector of every training token to scratch, or the table that gives the same.",
-    sections=("seed", "precompute_embeddings"),
+    sections=("precompute_embeddings",),
     inputs={"tokens": "data/tokens/bpe.manifest.json", "model": "checkpoints/gpt/final"},
     out="data/embeddings.manifest.json",
 )
@@ -39,7 +39,6 @@ def identity(run: Run) -> dict[str, Any]:
     return {
         "recipe": recipe_of(section, run.inputs["tokens"]),
         "chunk_tokens": section.chunk_tokens,
-        "seed": run.settings.seed,
     }
 
 

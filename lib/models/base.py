@@ -13,7 +13,7 @@ Letters: B batch, T context, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -111,6 +111,15 @@ class Family(nn.Module):
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def reads_rows(self) -> bool:
+        """Whether a batch must say which packed rows it holds."""
+        return self.inputs != "tokens" and self.stream_rows is None
+
+    def take_weights(self, read: Callable[[Mapping[str, tuple] | None], dict[str, Tensor]]) -> None:
+        """Begin with another run's weights; read(shapes) gives them, UserError unless they fit."""
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        self.load_state_dict(read(own))
 
     def read_from(self, source: Any) -> None:
         """Take what an embeddings artefact gives (lib.data.embeddings), before the first step."""

@@ -171,9 +171,24 @@ def controls(config: Config) -> dict[str, Config]:
     }
 
 
-def starts_from_phase1(arm: str) -> bool:
+def starts_from_weights(arm: str) -> bool:
     """Whether a control begins with the weights that the run itself began with."""
     return arm.startswith("phase1")
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """What the table says of the first phase, in one sentence."""
+    found = {row["arm"]: row for row in rows}
+    mine, plain = found.get("phase1"), found.get("untrained")
+    if mine is None or plain is None or mine["bpb"] is None or plain["bpb"] is None:
+        return "Phase 1 is not decided: the arms phase1 and untrained have not both been scored"
+    gain = plain["bpb"] - mine["bpb"]
+    told = f"Phase 1 gains {gain:.4f} bpb over the untrained block"
+    if mine["bpb_sd"] is None or plain["bpb_sd"] is None:
+        return f"{told} (one seed): not decided"
+    spread = ((mine["bpb_sd"] ** 2 + plain["bpb_sd"] ** 2) / 2) ** 0.5  # pooled
+    word = "no difference" if abs(gain) <= 2 * spread else "helps" if gain > 0 else "hurts"
+    return f"{told} (noise {spread:.4f}): {word}"
 
 
 class Model(Family):
@@ -231,10 +246,16 @@ class Model(Family):
 
     def read_from(self, source: Any) -> None:
         """Take the table and the reset id of an embeddings artefact, and read from it."""
-        self.source = source
+        table, self.source = source.table(), source
+        if table.shape[1] != self.config.width:
+            raise UserError(
+                "token vectors are of another width",
+                value=f"embeddings {table.shape[1]}, model.cvfp.width {self.config.width}",
+                remedy=f"set model.cvfp.width: {table.shape[1]}",
+            )
         with torch.no_grad():
             self.reset_id.fill_(-1 if source.reset_id is None else source.reset_id)
-            self.embedding.weight.copy_(source.table())
+            self.embedding.weight.copy_(table)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token vectors (..., e): the one way from ids to vectors, in both phases."""
@@ -383,6 +404,14 @@ class Model(Family):
             return F.layer_norm(values, values.shape[-1:], eps=EPS)
         return values / shape[1] ** 0.5
 
+    def take_weights(self, read: Any) -> None:
+        """Those of the first phase, or of a whole model of ours."""
+        found = read(None)
+        if any(name.startswith(("head", "token_output")) for name in found):
+            super().take_weights(read)
+        else:
+            self.take_phase1(found)
+
     def take_phase1(self, found: Mapping[str, Tensor]) -> None:
         """Weights of the fixed-point phase: token block and head may be missing, memory heads be
 
@@ -392,7 +421,7 @@ class Model(Family):
         own = self.state_dict()
         mine = {n for n in own if not n.startswith(("token_block", "head"))}
         theirs = {n for n in found if not n.startswith(("memory_head", "token_block", "head"))}
-        wrong = [n for n in sorted(mine ^ theirs) if n != "leaky.weight"]
+        wrong = [n for n in sorted(mine ^ theirs) if n not in ("leaky.weight", "reset_id")]
         wrong += [n for n in sorted(mine & theirs) if own[n].shape != found[n].shape]
         if wrong:
             held = tuple(found[wrong[0]].shape) if wrong[0] in found else "absent"
@@ -402,7 +431,8 @@ class Model(Family):
                 value=f"{wrong[0]}: {held}, the model has {needs}",
                 remedy="train train_phase1_cvfp with the same model.cvfp",
             )
-        if not torch.equal(found["embedding.weight"].float(), own["embedding.weight"].float()):
+        same = torch.equal(found["embedding.weight"].float(), own["embedding.weight"].float())
+        if self.source is not None and not same:  # a model without a source takes what comes
             raise UserError(
                 "the first phase was trained on other token vectors",
                 value=f"{_print_of(found['embedding.weight'])}, not "

@@ -40,9 +40,14 @@ class Plan:
         """G, rows of a step over all ranks."""
         return self.batch_tokens // self.context
 
-    def micro_rows(self, runtime: Runtime, device: torch.device, world: int) -> int:
-        """Rows of a micro-batch: the largest divisor of a rank's rows that the device may hold."""
-        limit = runtime.device_batch_size
+    def micro_rows(
+        self, runtime: Runtime, device: torch.device, world: int, whole: bool = False
+    ) -> int:
+        """Rows of a micro-batch: the largest divisor of a rank's rows that the device may hold.
+
+        whole: all of them, the family cuts the step itself.
+        """
+        limit = self.rows if whole else runtime.device_batch_size
         if limit == "auto":
             limit = max(1, AUTO_TOKENS.get(device.type, 2**13) // self.context)
         share = self.rows // world

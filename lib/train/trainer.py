@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from lib.core.errors import Interrupted
 from lib.nn.ema import Ema
 from lib.train import parallel, safety
 from lib.train.checkpoint import Checkpoints
-from lib.train.job import Batch, Job, Outcome
+from lib.train.job import Batch, Job, Outcome, cut
 from lib.train.observe import Observer
 from lib.train.optim import build_optimizer
 from lib.train.plan import describe, make_plan, refuse_accumulation, refuse_unshardable
@@ -61,28 +60,15 @@ def train(job: Job) -> Outcome:
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
         peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
-    rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world)
-    if model.whole_steps:
-        micro_rows = plan.rows // world
+    rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world, model.whole_steps)
     micro_batches = plan.rows // micro_rows  # of one step over all ranks
+    numbered = rows if model.reads_rows() else None
     parameters = list(model.parameters())
     model.attach(job.work)
     observer.cut(state.resume(job.seed, job.log))
     position, scaler, optimizer = state.position, state.scaler, state.optimizer
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
-
-    def cut(ids: np.ndarray, step: int) -> list[Batch]:
-        """The micro-batches of this rank's rows, with their numbers where a family reads by row."""
-        parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
-        numbers: list[Any] = [None] * len(parts)
-        if model.inputs != "tokens" and model.stream_rows is None:
-            whole = rows.row_numbers(step, rank, world)
-            numbers = np.split(whole, range(micro_rows, len(whole), micro_rows))
-        return [
-            Batch(tokens=p[:, :-1], targets=p[:, 1:], step=step, rows=n)
-            for p, n in zip(parts, numbers, strict=True)
-        ]
 
     def backward(batch: Batch) -> Iterator[tuple[Tensor | None, bool]]:
         """Gradients of one micro-batch, added: (its loss, or None without any; True at its end).
@@ -106,7 +92,7 @@ def train(job: Job) -> Outcome:
     def updates(arrays: Iterator[Any]) -> Iterator[tuple[int, Any, list[Tensor], bool]]:
         """(step, micro-batches, their losses, last of its batch) with the gradients in place."""
         for step, ids in enumerate(arrays, start=position.step):
-            parts = cut(ids, step)
+            parts = cut(ids, step, micro_rows, device, numbered)
             for found in zip(*map(backward, parts), strict=True):
                 yield step, parts, [x for x, _ in found if x is not None], found[0][1]
 
@@ -131,7 +117,7 @@ def train(job: Job) -> Outcome:
         ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            for loss, _ in backward(cut(ids, position.step)[0]):
+            for loss, _ in backward(cut(ids, position.step, micro_rows, device, numbered)[0]):
                 float(loss or 0)  # waits for the device
         return time.monotonic() - began
 
