@@ -19,6 +19,7 @@ from lib.core.errors import InputError, UserError
 from lib.core.stage import Run
 from lib.eval import baselines, bpb
 from lib.eval.bpb import LEAST_BYTES, Measured, Ranks
+from lib.eval.controls import write_controls
 from lib.eval.inputs import Inputs
 from lib.eval.scorer import Rules, Scorer
 from lib.export.samples import language_of, make_samples
@@ -54,6 +55,8 @@ def evaluate(run: Run) -> None:
     run.log(f"bits per byte: {said} on {measured.total_bytes:,} bytes; beside it {told}")
     beside = run.files_beside("records")
     files.write_json(beside / RECORD, record)
+    if verdict := write_controls(run.inputs["model"], beside):
+        run.log(verdict)
     if settings.samples:
         start = time.perf_counter()
         b = rules.boundary_id

@@ -141,7 +141,9 @@ def describe(
         f"{g.name} {sum(p.numel() for p in g.params.values()):,}"
         for g in model.param_groups(plan.optim)
     )
-    tokens, micro = plan.steps * plan.batch_tokens, plan.micro_rows(runtime, device, world)
+    tokens, micro = plan.steps * plan.batch_tokens, plan.micro_rows(
+        runtime, device, world, model.whole_steps
+    )
     lines = [
         f"parameters: {plan.parameters:,} ({groups})",
         f"steps: {plan.steps:,} of {plan.batch_tokens:,} tokens, {tokens:,} in all, "
