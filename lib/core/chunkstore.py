@@ -199,7 +199,11 @@ class RowFile:
 
 def crc32(rows: np.ndarray, before: int = 0) -> int:
     """crc32 of rows as stored, continued from `before`."""
-    return zlib.crc32(memoryview(np.ascontiguousarray(rows)).cast("B"), before) if rows.size else before
+    return (
+        zlib.crc32(memoryview(np.ascontiguousarray(rows)).cast("B"), before)
+        if rows.size
+        else before
+    )
 
 
 # ---------------------------------------------------------------- header

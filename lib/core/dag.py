@@ -135,7 +135,8 @@ def loaded_by_name(module: str, root: Path) -> Iterator[Path]:
 def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]:
     """(family files that a stage runs, names of those that dvc.yaml writes as a template).
 
-    `--run gpt` is one family, that which `train.gpt` names or the run's own name. Of a `foreach` over families the closure is the union, only the
+    `--run gpt` is one family, that which `train.gpt` names or the run's own name. Of a `foreach`
+    over families the closure is the union, only the
     family file itself is templated (pipeline.md 2.5). Of `runs` it is that of the families which
     its lines name.
     """

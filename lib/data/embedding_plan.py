@@ -77,8 +77,9 @@ class Plan:
     def flops(self) -> float:
         """Of the whole first phase: sweep 0, then two passes a sweep (cvfp.md 15.2)."""
         A, B = (self.depth * self.context_width * w for w in (self.context_width, self.width))
-        forward = 2 * (A + (B if self.memmap else 0))
-        learning = 2 * forward + 4 * (A + (B if self.memmap else 0)) - 2 * self.context_width**2
+        B = B if self.memmap else 0  # by table it is not worth counting
+        forward = 2 * (A + B)
+        learning = 2 * forward + 4 * A + 2 * B - 2 * self.context_width**2  # the input is detached
         return self.tokens * (forward + max(0, self.sweeps - 1) * learning)
 
 
@@ -111,7 +112,9 @@ def lines_of(plan: Plan, memory_limit: int) -> list[str]:
     lines += [f"  {name:<18}{size / 1e9:9.3f} GB" for name, size in sizes.items()]
     total = sum(sizes.values())
     memory = plan.memory()
-    fits = "ok" if memory <= memory_limit else f"above runtime.memory_limit {memory_limit / 1e9:.1f}"
+    fits = (
+        "ok" if memory <= memory_limit else f"above runtime.memory_limit {memory_limit / 1e9:.1f}"
+    )
     return [
         *lines,
         f"  {'total':<18}{total / 1e9:9.2f} GB",
@@ -134,7 +137,9 @@ def matrix_rate() -> float:
 
 def main() -> int:
     """Print the plan of the active profile; exit 4 where the disk or the memory will not do."""
-    parser = argparse.ArgumentParser(prog="python -m lib.data.embedding_plan", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.data.embedding_plan", description=main.__doc__
+    )
     parser.add_argument("--profile", help="another one than params.yaml has switched on")
     arguments = parser.parse_args()
     try:

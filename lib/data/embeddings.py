@@ -44,13 +44,17 @@ Log = Callable[[str], None]
 # ---------------------------------------------------------------- where vectors come from
 
 
-def source_table(section: settings.Embeddings, vocab_size: int, runtime: Runtime, log: Log) -> Tensor:
+def source_table(
+    section: settings.Embeddings, vocab_size: int, runtime: Runtime, log: Log
+) -> Tensor:
     """The normalised table (V, e) fp32. UserError where it has not a row for every id."""
     if section.source == "random":
         draw = torch_generator(section.random.seed, "embeddings")
         rows = torch.randn(vocab_size, section.random.width, generator=draw)
     elif section.source == "checkpoint":
-        rows = _tensors(Path(section.checkpoint.path) / "model.safetensors", [section.checkpoint.tensor])[0]
+        rows = _tensors(
+            Path(section.checkpoint.path) / "model.safetensors", [section.checkpoint.tensor]
+        )[0]
     else:
         path = gpt2_file(section.gpt2, runtime, log)
         rows, gain, offset = _tensors(path, ["wte.weight", "ln_f.weight", "ln_f.bias"])
@@ -76,8 +80,11 @@ def _tensors(path: Path, names: list[str]) -> list[Tensor]:
 
     try:
         with safe_open(path, "pt") as stream:
-            held = set(stream.keys())  # noqa: SIM118  it is no mapping
-            found = [next((n for n in (name, f"transformer.{name}") if n in held), None) for name in names]
+            held = set(stream.keys())
+            found = [
+                next((n for n in (name, f"transformer.{name}") if n in held), None)
+                for name in names
+            ]
             if None in found:
                 missing = names[found.index(None)]
                 raise UserError("no such tensor", file=path, value=missing, remedy="name its table")
@@ -187,7 +194,9 @@ def precompute(
     }  # fmt: skip
     files.write_json(folder / ABOUT, about)
     names = [ABOUT, IDS, OFFSETS, TABLE, *([ROWS] if section.mode == "memmap" else [])]
-    return Manifest(kind=KIND, recipe=recipe, files=tuple(_entry(folder, n) for n in names), counts=about)
+    return Manifest(
+        kind=KIND, recipe=recipe, files=tuple(_entry(folder, n) for n in names), counts=about
+    )
 
 
 def _width(section: settings.Embeddings) -> int:
@@ -199,7 +208,9 @@ def _width(section: settings.Embeddings) -> int:
     return _tensors(path, [section.checkpoint.tensor])[0].shape[1]
 
 
-def preflight(section: settings.Embeddings, store: TokenStore, width: int, folder: Path) -> list[str]:
+def preflight(
+    section: settings.Embeddings, store: TokenStore, width: int, folder: Path
+) -> list[str]:
     """What will be written, as lines; EnvError where the disk below `folder` has no room for it."""
     N, V = store.length("train"), store.vocab_size
     sizes = {IDS: N * id_dtype(V).itemsize, TABLE: V * width * 2}
@@ -251,7 +262,11 @@ def _write_array(path: Path, array: np.ndarray, note: dict[str, Any]) -> None:
 
 
 def write_rows(
-    made: Making, log: Log, should_stop: Callable[[], None] = lambda: None, *, verify_all: bool = False
+    made: Making,
+    log: Log,
+    should_stop: Callable[[], None] = lambda: None,
+    *,
+    verify_all: bool = False,
 ) -> int:
     """embeddings.npy, chunk by chunk; returns the rows that were written by this call.
 
@@ -272,7 +287,9 @@ def write_rows(
         for chunk in chunks:
             start, stop = chunk * size, min(N, (chunk + 1) * size)
             is_last = chunk + 1 not in done
-            if chunk in done and (not (verify_all or is_last) or crc32(rows.read(start, stop)) == done[chunk]):
+            if chunk in done and (
+                not (verify_all or is_last) or crc32(rows.read(start, stop)) == done[chunk]
+            ):
                 continue
             should_stop()
             crc = _write_chunk(rows, made, start, stop)

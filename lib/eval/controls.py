@@ -11,7 +11,7 @@ SOURCE, TABLE = "controls.json", "controls.csv"
 
 
 def write_controls(model: Path, folder: Path) -> str | None:
-    """Write the table into `folder` and return its verdict; None where the model has no controls."""
+    """Write the table into `folder` and return its verdict; None where there are no controls."""
     if not (model / SOURCE).is_file():
         return None
     found: dict[str, Any] = files.read_json(model / SOURCE)

@@ -1,7 +1,7 @@
 """CVFP: context vectors as the fixed point of a recurrence, and a token model that reads them.
 
-One Model for both phases. `fixed_point`: the context block learns without targets, from fixed-point,
-diversity and memory terms (lib/nn/fixed_point.py). `predict`: token block and head on its vectors.
+One Model for both phases. `fixed_point`: the context block learns without targets, from
+fixed-point, diversity and memory terms (lib/nn/fixed_point.py). `predict`: token block and head on its vectors.
 forward is the exact recurrence from its state; None = zeros. In: ids (B, T). Out: logits (B, T, V).
 Invariant: any split of a sequence into chunks gives the same logits.
 Letters: B rows, T time, V vocabulary, e token width, d context width, L depth, K token layers.
@@ -132,7 +132,8 @@ class Config:
              "jacobi's gradient is one step long; use grad: stale or solver: exact"),
             (not jacobi and own["sweeps"] is not None, "sweeps", self.sweeps,
              "sweeps are jacobi's; give steps, or solver: jacobi"),
-            (jacobi and first and (get("sweeps") or 0) < 2, "sweeps", get("sweeps"), "use 2 or more"),
+            (jacobi and first and (get("sweeps") or 0) < 2, "sweeps", get("sweeps"),
+             "use 2 or more"),
             (first and not any(get(n) > 0 for n in weights[:3]), "fixed_point, diversity, memory",
              0, "one weight must be above 0"),
             (self.memory_kind == "predict" and not self.horizons, "horizons", "[]", "name one"),
@@ -394,7 +395,7 @@ class Model(Family):
         self.reset_id.fill_(-1)
 
     def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
-        """Blocks by lib.nn.context; LN of N(0, 1) rows as table; the head 0; R, Q ~ N(0, 1 / in)."""
+        """Blocks by lib.nn.context; LN of N(0, 1) rows as table; head 0; R, Q ~ N(0, 1 / in)."""
         if name.startswith(("context_block", "token_block")):
             return initial(name, shape, draw)
         if name.startswith("head"):
@@ -541,7 +542,9 @@ class Model(Family):
 
         assert self._folder is not None
         with files.atomic_folder(self._folder / f"checkpoint_iter_{iteration}") as part:
-            state = {n: t.contiguous() for n, t in self.state_dict().items() if n[:9] != "embedding"}
+            state = {
+                n: t.contiguous() for n, t in self.state_dict().items() if n[:9] != "embedding"
+            }
             with files.library_file(part / "model.safetensors") as temp:
                 save_file(state, temp)
             files.write_json(part / "stats.json", self.statistics(iteration))

@@ -1,6 +1,6 @@
 """Context vectors: the recurrence c_t = f(c_{t-1}, u_t), its trajectories and their gradient.
 
-    z^0 = c_{t-1},  z^l = LN_l(z^{l-1} + relu(A_l z^{l-1} + B_l u_t + b_l)),  c_t = z^L   (cvfp.md 2)
+    z^0 = c_{t-1},  z^l = LN_l(z^{l-1} + relu(A_l z^{l-1} + B_l u_t + b_l)),  c_t = z^L  (cvfp.md 2)
 
 One function, `trajectory`, steps over time with all rows in parallel; with one time step it is the
 one-step map that Jacobi sweeps apply to every row of a chunk. Its backward is written by hand: kept
@@ -120,7 +120,7 @@ def _four(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 def _step_through(
     c0: Tensor, keep: Tensor | None, gelu: bool, four: list[Sequence[Tensor]], saves: bool = False
 ) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Z of `trajectory`; with `saves` also what backward needs: relu's input or output, LN stats."""
+    """Z of `trajectory`; with `saves` also what backward needs: relu's output, LN's statistics."""
     P, A, gain, offset = four
     T, B, d = P[0].shape
     L, dtype = len(P), P[0].dtype
@@ -173,7 +173,7 @@ class _Trajectory(torch.autograd.Function):
         dP = [torch.empty_like(r) for r in R]
         dgain, doffset = ([torch.zeros(d, dtype=wide, device=c0.device) for _ in A] for _ in "ab")
         c_before = c0 if T == 1 else torch.cat((c0[None], Z[-1][:-1]))
-        first = (c_before.view(T, *c0.shape) if T == 1 else c_before)
+        first = c_before.view(T, *c0.shape) if T == 1 else c_before
         first = first if keep is None else first * keep
         inputs = [first, *Z[:-1]]
         dc: Tensor | None = None
@@ -198,7 +198,9 @@ class _Trajectory(torch.autograd.Function):
                 )  # fmt: skip
                 if layer == 0 and t == 0 and not ctx.needs_input_grad[0]:
                     break  # the input is detached: a third of the last matmuls falls away
-                dz = dy + dh @ narrow[layer] if dtype != wide else torch.addmm(dy, dh, narrow[layer])
+                dz = (
+                    dy + dh @ narrow[layer] if dtype != wide else torch.addmm(dy, dh, narrow[layer])
+                )
                 if layer:
                     dz = _plus(dz, None if dZ[layer - 1] is None else dZ[layer - 1][t])
             dc = dz if keep is None else dz * keep[t]  # type: ignore[operator]  # a tensor here

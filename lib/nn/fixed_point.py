@@ -1,4 +1,4 @@
-"""The fixed-point phase: losses of context vectors, exact over a step in bounded memory (cvfp.md 4-6).
+"""The fixed-point phase: losses of a step, exact in bounded memory (cvfp.md 4-6).
 
     L = w_f L_fix + w_d L_div + w_m L_mem
 
@@ -178,7 +178,7 @@ def two_pass(
 
 
 class Memory:
-    """The memory term of one step: predict ids ahead, or recall vectors from before (cvfp.md 5.3)."""
+    """The memory term of one step: predict ids ahead, or recall earlier vectors (cvfp.md 5.3)."""
 
     def __init__(self, model: Learner, step: int, ids: Tensor) -> None:
         """ids: those of the step; candidates are drawn from them."""
@@ -289,7 +289,7 @@ class Exact:
         self, P: list[Tensor], keep: Tensor | None, weights: Weights, draw: torch.Generator
     ) -> Terms:
         config = self.model.config
-        T, B, d = P[0].shape
+        _, B, d = P[0].shape
         start = torch.zeros(B, d, dtype=weights.b[0].dtype, device=P[0].device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.get("grad") == "bptt"):
             C = trajectory(start, P, weights, keep)[-1]
@@ -397,7 +397,9 @@ class Jacobi:
                 tol=config.halo_tol, keep=keep, repairs=repairs,
             )  # fmt: skip
             c = writer.put(made)[-1].to(wide)
-            sample.append(probes.sample_rows(made, probes.SEED_ROWS * (last - first) // (stop - start) + 1))
+            sample.append(
+                probes.sample_rows(made, probes.SEED_ROWS * (last - first) // (stop - start) + 1)
+            )
         line = {"sweep": 0, "chunk": j, "crc32": writer.finish()}
         extra = {"repaired": repairs.segments, "redone": repairs.tokens, "rho": rho}
         disk.commit(line | self._measure(torch.cat(sample)) | extra)
@@ -502,9 +504,7 @@ class Jacobi:
             self.numbers = objective.numbers
 
         keeps = (stop - start) * activation_bytes(config, weights) <= model.activation_bytes
-        yield from two_pass(
-            run, objective, keeps=keeps, seen=seen, commit=commit, tables=tables
-        )
+        yield from two_pass(run, objective, keeps=keeps, seen=seen, commit=commit, tables=tables)
 
     def _before(self, disk: Sweeps, k: int, j: int) -> Tensor:
         """The vector before the chunk: what this sweep wrote last; for the first token the wrap."""
@@ -546,7 +546,9 @@ class Jacobi:
         v = torch.randn(rows, model.config.d, generator=draw)
         dropped = probes.DROPPED if length > 2 * probes.DROPPED else 0
         rho = probes.contraction(torch.zeros(rows, model.config.d), P, weights, dropped, v)
-        if rho >= 1 and dropped:  # a stretch too short to turn to the leading direction says nothing
+        if (
+            rho >= 1 and dropped
+        ):  # a stretch too short to turn to the leading direction says nothing
             raise UserError(
                 "the context block does not contract",
                 value=f"rho {rho:.3f}",

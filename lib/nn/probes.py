@@ -76,7 +76,11 @@ def apply_jacobian(z: Tensor, v: Tensor, P: list[Tensor], weights: Weights) -> T
 
 
 def contraction(
-    c0: Tensor, P: list[Tensor], weights: Weights, dropped: int = DROPPED, draw: Tensor | None = None
+    c0: Tensor,
+    P: list[Tensor],
+    weights: Weights,
+    dropped: int = DROPPED,
+    draw: Tensor | None = None,
 ) -> float:
     """rho = exp(mean ln |J_t v_{t-1}|), v normalised after each step; resets are ignored.
 

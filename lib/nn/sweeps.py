@@ -220,7 +220,7 @@ NOISE_BLOCK = 4096  # tokens of one generator
 
 
 class Noise:
-    """eps of a stream, N(0, 1) from blocks of 4,096 tokens: micro-batch and resume do not matter."""
+    """eps of a stream, N(0, 1), by blocks of 4,096 tokens: micro-batches do not matter."""
 
     def __init__(self, width: int, draw: Callable[[int, int], torch.Generator]) -> None:
         """draw(sweep, block) is the generator of a block."""

@@ -33,9 +33,7 @@ def train_controls(job: Job, module: ModuleType) -> dict[str, Any]:
     wanted = settings.arms or tuple(arms)
     unknown = [arm for arm in wanted if arm not in arms]
     if unknown:
-        raise UserError(
-            "unknown control", value=unknown[0], remedy=f"choose of {', '.join(arms)}"
-        )
+        raise UserError("unknown control", value=unknown[0], remedy=f"choose of {', '.join(arms)}")
     found = [
         (arm, _one(job, module, arm, arms[arm], number))
         for number in range(settings.seeds)

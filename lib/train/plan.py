@@ -141,8 +141,9 @@ def describe(
         f"{g.name} {sum(p.numel() for p in g.params.values()):,}"
         for g in model.param_groups(plan.optim)
     )
-    tokens, micro = plan.steps * plan.batch_tokens, plan.micro_rows(
-        runtime, device, world, model.whole_steps
+    tokens, micro = (
+        plan.steps * plan.batch_tokens,
+        plan.micro_rows(runtime, device, world, model.whole_steps),
     )
     lines = [
         f"parameters: {plan.parameters:,} ({groups})",

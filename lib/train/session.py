@@ -101,7 +101,9 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             },
             extra={"code": run.code, "parents": parents_of(identity)},
             bytes_per_token=data.bytes_per_token,
-            validate=data.validator(settings, device, dtype) if model.predicts else lambda model: None,
+            validate=data.validator(settings, device, dtype)
+            if model.predicts
+            else lambda model: None,
             sample=data.sampler(device),
             push=push_weights,
             build=build,

@@ -1,4 +1,4 @@
-"""Row files: numpy opens them, damage is named, a full disk is refused, codecs round as they say."""
+"""Row files: numpy opens them, damage is named, a full disk is refused, codecs round."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
 def test_damage_and_other_generations_are_named(tmp_path):
     path = tmp_path / "a.npy"
     make(path).close()
-    with pytest.raises(InputError, match="another generation.*key kkkk"):
+    with pytest.raises(InputError, match=r"another generation.*key kkkk"):
         RowFile.open(path, {**NOTE, "key": "z" * 16})
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])

@@ -1,4 +1,4 @@
-"""Embeddings in scratch: rows are the table's, a killed run goes on, other artefacts are refused."""
+"""Embeddings in scratch: rows are the table's, a killed run goes on, others are refused."""
 
 from __future__ import annotations
 
@@ -128,12 +128,12 @@ def test_a_damaged_table_and_a_damaged_journal_are_named(project):
     whole = run(project)
     folder = artifact.scratch_folder("embeddings", whole.key)
     (folder / "table.npy").write_bytes(b"x" + (folder / "table.npy").read_bytes()[1:])
-    with pytest.raises(InputError, match="table.npy"):
+    with pytest.raises(InputError, match=r"table\.npy"):
         opened(project)
     run(project)
     (folder / "embeddings.npy").rename(folder / "embeddings.npy.part")
     (folder / "journal.jsonl").write_text('{"chunk": 0}\n{"chunk": 1, "crc32": 5}\n')
-    with pytest.raises(InputError, match="journal is damaged.*line 1"):
+    with pytest.raises(InputError, match=r"journal is damaged.*line 1"):
         run(project)
 
 
@@ -148,8 +148,8 @@ def test_other_token_files_and_vocabularies_are_refused(project):
     save_file({"wte.weight": torch.ones(V - 1, 4)}, project / "model.safetensors")
     files.write_json(project / "manifest.json", {})
     with pytest.raises(UserError, match="different vocabularies"):
-        run(project, replace(SECTION, source="checkpoint",
-                             checkpoint=replace(SECTION.checkpoint, path=str(project))))  # fmt: skip
+        table = replace(SECTION.checkpoint, path=str(project))
+        run(project, replace(SECTION, source="checkpoint", checkpoint=table))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_file(project, monkeypatch):
@@ -199,9 +199,7 @@ def test_gpt2_without_a_network_says_where_the_file_belongs(project, monkeypatch
 
 
 def test_vectors_that_fp16_cannot_hold_are_refused(project, monkeypatch):
-    monkeypatch.setattr(
-        embeddings, "source_table", lambda *a: torch.full((V, 8), float("nan"))
-    )
+    monkeypatch.setattr(embeddings, "source_table", lambda *a: torch.full((V, 8), float("nan")))
     with pytest.raises(InputError, match="not finite"):
         run(project)
 
@@ -210,4 +208,6 @@ def test_the_header_tells_the_key(project):
     manifest = run(project)
     folder = artifact.scratch_folder("embeddings", manifest.key)
     with pytest.raises(InputError, match="another generation"):
-        RowFile.open(folder / "embeddings.npy", {"kind": "embeddings", "key": "0" * 16, "dtype": "float16"})
+        RowFile.open(
+            folder / "embeddings.npy", {"kind": "embeddings", "key": "0" * 16, "dtype": "float16"}
+        )

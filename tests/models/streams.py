@@ -17,7 +17,9 @@ from lib.models.base import build
 class Stream:
     """Ids with a table of vectors; `rows` given: the vectors are read by position instead."""
 
-    def __init__(self, ids: Tensor, table: Tensor, reset_id: int | None = None, reads: bool = False):
+    def __init__(
+        self, ids: Tensor, table: Tensor, reset_id: int | None = None, reads: bool = False
+    ):
         self._ids, self._table = ids, table
         self.tokens, self.reset_id, self.has_rows = len(ids), reset_id, reads
 
@@ -52,7 +54,7 @@ def make(stream: Stream, folder: Path, seed: int = 1, dtype=torch.float64, **con
 
 
 def run_steps(model: Any, steps: range, optimizer: Any = None, clip: float = 1.0) -> list[float]:
-    """The trainer's loop: backward of each loss, clip, update; the loss of every step that has one."""
+    """The trainer's loop: backward, clip, update; the loss of every step that has one."""
     optimizer = optimizer or torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad], lr=0.002
     )
