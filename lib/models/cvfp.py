@@ -1,8 +1,9 @@
 """CVFP: context vectors as the fixed point of a recurrence, and a token model that reads them.
 
 One Model for both phases. `fixed_point`: the context block learns without targets, from
-fixed-point, diversity and memory terms (lib/nn/fixed_point.py). `predict`: token block and head on its vectors.
-forward is the exact recurrence from its state; None = zeros. In: ids (B, T). Out: logits (B, T, V).
+fixed-point, diversity and memory terms (lib/nn/fixed_point.py). `predict`: token block and head on
+its vectors. forward is the exact recurrence from its state; None = zeros. In: ids (B, T). Out:
+logits (B, T, V).
 Invariant: any split of a sequence into chunks gives the same logits.
 Letters: B rows, T time, V vocabulary, e token width, d context width, L depth, K token layers.
 """
