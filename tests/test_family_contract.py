@@ -25,6 +25,13 @@ from lib.train.optim import build_optimizer
 from lib.train.schedule import make_schedule
 
 V, T = 61, 12  # a vocabulary that is no multiple of anything
+PHASE7 = {
+    "width": 16, "depth": 2, "heads": 2, "d_ff": 24, "context": T, "window": 4, "ssm_rank": 5,
+    "tt_rank": 16, "curvature": {"warmup": 3},
+}  # fmt: skip
+PHASE8 = {
+    "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": T, "tt_rank": 16,
+}  # fmt: skip
 TINY: dict[str, list[dict]] = {
     "cvfp": [
         {"width": 16},
@@ -38,6 +45,32 @@ TINY: dict[str, list[dict]] = {
         {"depth": 2, "width": 16, "heads": 2, "context": T},
         {"depth": 2, "width": 16, "heads": 2, "context": T, "variant": "modern", "kv_heads": 1},
     ],
+    "trm": [
+        {"width": 16, "heads": 2, "context": T},
+        {
+            **{"width": 16, "heads": 2, "context": T, "depth": 1, "latent_steps": 2},
+            **{"block": "post_ln", "join": "concat", "schedule": "every", "init": "input"},
+            **{"grad": "last", "input_norm": True},
+        },
+        {"width": 16, "heads": 2, "context": T, "halt": "q", "tied": False},
+        {"width": 16, "heads": 2, "context": T, "variant": "looped", "match": "trm"},
+        {"width": 16, "heads": 2, "context": T, "variant": "plain", "depth": 3},
+    ],
+    "phase7": [
+        PHASE7,
+        {**PHASE7, "geometry": "euclid", "tt_order": "strided", "window": 1},
+        {**PHASE7, "geometry": "dot", "ssm": False, "embedding": "dense", "window": T},
+        {**PHASE7, "values": "centroid", "tt_phase": True, "rank": {"target": None}, "window": 7},
+        {
+            **PHASE7,
+            "embedding": "lowrank",
+            "curvature": {"learned": False},
+            "context": 40,
+            "window": 40,
+        },
+        {**PHASE7, "tt_order": "random", "geometry": "dot"},
+    ],
+    "phase8": [PHASE8, {**PHASE8, "tt_phase": True}, {**PHASE8, "embedding": "dense"}],
 }
 CASES = [
     pytest.param(name, i, id=f"{name}-{i}")
@@ -143,6 +176,27 @@ def test_a_row_does_not_depend_on_its_batch(name, i):
     more = torch.cat((tokens[:1, 5:], tokens[1:2, 5:]))
     repeated, _ = model(more, model.repeat_state(state, 2))
     assert torch.allclose(torch.cat((whole, repeated[:1]), dim=1), together[:1], atol=1e-5)
+
+
+@every_family
+@torch.no_grad()
+def test_logits_at_marked_positions_are_the_forwards(name, i):
+    """Evaluation asks for few positions, and continues one state several times."""
+    model, tokens = stirred(name, i), ids(2, T)
+    where = torch.zeros(2, T, dtype=torch.bool)
+    where[0, 3] = where[1, 2] = where[1, T - 1] = True
+    whole, _ = model(tokens)
+    found, _ = model.logits_at(tokens, where)
+    assert found.shape == (3, V)
+    assert torch.allclose(found, whole[where], atol=1e-5)
+    none, state = model.logits_at(tokens[:1, :5], torch.zeros(1, 5, dtype=torch.bool))
+    assert none.shape == (0, V)
+    for rows in (1, 2):
+        more = tokens[:1, 5:].expand(rows, -1)
+        again, _ = model.logits_at(more, torch.ones_like(more, dtype=torch.bool),
+                                   model.repeat_state(state, rows))  # fmt: skip
+        assert torch.allclose(again.view(rows, -1, V), whole[:1, 5:].expand(rows, -1, -1),
+                              atol=1e-5)  # fmt: skip
 
 
 @every_family

@@ -10,6 +10,7 @@ import pytest
 
 from lib.core import params
 from lib.core.data_settings import (
+    ArchiveSource,
     BpeTokenizer,
     EmbeddedSource,
     FilesSource,
@@ -25,8 +26,9 @@ from tests.conftest import ROOT
 
 RAW = params.read_yaml(ROOT / params.PARAMS)
 PROFILES = [
-    *("small", "micro_test", "nanochat_d20", "ramgpt_1b", "ramgpt_0p1b", "trm_ja"),
-    *("cvfp_ultrachat", "phase7_1p5b", "phase7_small", "phase8_1p5b"),
+    *("small", "micro_test", "nanochat_d20", "ramgpt_1b", "ramgpt_0p1b", "trm_ja", "trm_ja_best"),
+    *("cvfp_ultrachat", "phase7_1p5b", "phase7_1p0b", "phase7_0p7b", "phase7_small"),
+    *("phase8_1p5b", "phase8_small"),
 ]
 
 
@@ -46,9 +48,8 @@ def test_every_profile_loads_and_is_laid_over_the_base(profile):
     settings = resolved(profile)
     assert settings.profile == profile
     used = {s for r in settings.extract_texts.recipes.values() for s in r.sources}
-    texts = {
-        n for n, s in settings.download_shards.sources.items() if not isinstance(s, FilesSource)
-    }
+    other = FilesSource | ArchiveSource  # tokenizers and evaluation tasks
+    texts = {n for n, s in settings.download_shards.sources.items() if not isinstance(s, other)}
     assert used == texts  # nothing is fetched that no recipe reads
 
 
@@ -91,6 +92,9 @@ def test_the_published_figures_stand_in_their_profiles():
     assert isinstance(web, ParquetSource)
     assert (web.shards, web.count, web.val_name) == (240, 1823, "shard_01822.parquet")
     assert d20.train_tokenizer["bpe"].vocab_size == 65_536
+    bundle = d20.download_shards.sources[d20.eval.core.bundle or ""]
+    assert isinstance(bundle, ArchiveSource) and bundle.url is not None
+    assert (d20.eval.core.max_per_task, small.eval.core.bundle) == (0, None)
     assert (d20.encode_tokens["bpe"].context, d20.encode_tokens["bpe"].crop) == (2048, "drop")
 
     for profile, context, train, val in (
@@ -253,7 +257,7 @@ def test_yaml_is_read_as_dvc_reads_it(tmp_path):
 def test_the_file_is_in_block_style():
     """`dvc exp run -S` rewrites flow style; only empty collections may stand in it."""
     for number, line in enumerate((ROOT / params.PARAMS).read_text().splitlines(), 1):
-        code = line.split(" #")[0]
+        code = f" {line}".split(" #")[0]  # comments may say anything
         bare = code.replace("{}", "").replace("[]", "")
         quoted = bare.split('"')[::2]  # text inside quotation marks is no syntax
         assert not any(c in part for part in quoted for c in "{}[]"), f"line {number}"

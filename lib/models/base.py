@@ -56,7 +56,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
-    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # of the matrices
     batch_tokens: int = 2**19  # tokens of one optimizer step over all ranks
     steps: int = 1  # steps of the whole run
     param_data_ratio: float | None = None  # tokens per scaling parameter, where the run sets it
@@ -67,18 +67,20 @@ class Optim:
 class Group:
     """Parameters under one rule. `lr` is the peak: the schedule multiplies it.
 
-    adamw: decoupled decay, epsilon after the bias correction. muon, normuon: lib.train.optim;
-    `betas[1]` is normuon's, the momentum comes from the schedule, `weight_decay` is scheduled too.
+    adamw: decoupled decay, epsilon after the bias correction; adamw8bit: its moments in a byte
+    each, by an optional library. muon, normuon: lib.train.optim; `betas[1]` is normuon's, the
+    momentum comes from the schedule, `weight_decay` is scheduled too.
     """
 
     name: str
     params: Mapping[str, nn.Parameter]
-    rule: Literal["adamw", "muon", "normuon"] = "adamw"
+    rule: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
     iteration_dtype: torch.dtype = torch.bfloat16  # in which muon orthogonalises
+    scheduled: bool = True  # False: `lr` holds throughout (rule adamw only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +109,19 @@ class Family(nn.Module):
     whole_steps = False  # `losses` gets all rows of a rank's step at once and cuts them itself
     stream_rows: int | None = None  # tokens of a step that reads the corpus as one stream
     activation_bytes = 2**30  # graphs of one step that it may keep, runtime.activation_bytes
+    trained_depth = 1  # of thought: the exit that training aims at
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def logits_at(self, tokens: Tensor, where: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits (N, V) of the N positions that `where` (B, n) bool marks, in row order; the state.
+
+        A family with a large head overrides it, so that no other logits are computed.
+        """
+        logits, state = self(tokens, state)
+        return logits[where], state
 
     def reads_rows(self) -> bool:
         """Whether a batch must say which packed rows it holds."""
@@ -143,6 +154,14 @@ class Family(nn.Module):
         )
         return flat.view_as(targets)
 
+    def exit_logits(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Logits (B, T, V) at every depth of thought at which the model may stop, in one pass."""
+        yield self(tokens)[0]
+
+    def exit_flops(self, T: int) -> list[int]:
+        """Inference FLOPs of one token at each of these depths."""
+        return [self.flops_per_token(T) // 3]
+
     # ------------------------------------------------------------ weights and place
 
     def init_weights(self, seed: int) -> None:
@@ -164,9 +183,19 @@ class Family(nn.Module):
         names = [name for name, _ in self.named_buffers()]
         assert not names, f"{type(self).__name__} must fill its buffers {names} in init_buffers"
 
+    def refuse_weights(self, config: Any) -> None:
+        """UserError where weights trained under `config` mean another model, shapes apart."""
+
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
         self.to(device)
+
+    def weights_taken(self) -> None:
+        """Called where a run begins with another one's weights: hold what would start anew."""
+
+    def exported(self, config: Any) -> tuple[Any, Family]:
+        """(Config, model) as an export writes them, without what only training needs."""
+        return config, self
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
@@ -215,7 +244,7 @@ class Family(nn.Module):
         return []
 
     def log_scalars(self) -> dict[str, float]:
-        """Extra numbers for the log line of this step, by name."""
+        """Extra numbers by name: for the log line of this step, or a generation's footer."""
         return {}
 
     def progress(self) -> str | None:

@@ -29,7 +29,7 @@ from lib.models.base import Batch, Defaults, Family, Group, Optim
 from lib.nn import probes
 from lib.nn.context import EPS, Layer, Weights, initial, shifts, trajectory
 from lib.nn.fixed_point import Exact, Jacobi
-from lib.nn.sweeps import Sweeps
+from lib.nn.sweeps import JOURNAL, Sweeps, read_journal
 
 # What null stands for: (the project's value, the original's under seed_compat; cvfp.md 2, 5, 8).
 CHOICES: dict[str, tuple[Any, Any]] = {
@@ -565,14 +565,17 @@ class Model(Family):
 
     def statistics(self, iteration: int | None = None) -> dict[str, Any]:
         """`iteration` and, per sweep, the means over its chunks, from the journal."""
-        if self.stream_rows is None or self._sweeps is None:
-            return {"iteration": iteration, "sweeps": []}
-        disk, found = self._sweeps, []
+        if self.stream_rows is None or self._folder is None:
+            return {"iteration": iteration, "sweeps": []} if self.learns_contexts else {}
+        # From the journal, not from what this process did: a run may end in another one.
+        folder = artifact.scratch_folder("contexts", self._folder.name)
+        lines = {(x["sweep"], x["chunk"]): x for x in read_journal(folder / JOURNAL)}
+        chunks, found = -(-self.source.tokens // self.stream_rows), []
         for k in range(self.config.get("sweeps")):
-            lines = [disk.lines[k, j] for j in range(disk.chunks) if (k, j) in disk.lines]
-            if len(lines) == disk.chunks:
-                names = sorted(set.intersection(*(set(x) for x in lines)) - {"chunk", "crc32"})
-                found.append({n: sum(x[n] for x in lines) / len(lines) for n in names})
+            of = [lines[k, j] for j in range(chunks) if (k, j) in lines]
+            if len(of) == chunks:
+                names = sorted(set.intersection(*(set(x) for x in of)) - {"chunk", "crc32"})
+                found.append({n: sum(x[n] for x in of) / chunks for n in names})
         return {"iteration": iteration or len(found), "sweeps": found}
 
     @torch.no_grad()

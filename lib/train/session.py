@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib import kernels
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
 from lib.core.params import typed
@@ -26,14 +27,14 @@ from lib.models.base import Family, load_family
 from lib.train import parallel
 from lib.train.controls import look_inside, table, train_controls
 from lib.train.final import write_final
-from lib.train.inputs import Data, require_context, take_weights
+from lib.train.inputs import Data, require_context, sized, take_weights
 from lib.train.job import Job, Outcome
 from lib.train.precision import compute_dtype, pick_device
 from lib.train.sinks import HubPush
 
 
-def prepare(runtime: Runtime) -> torch.device:
-    """Threads, determinism and the device of this rank."""
+def prepare(runtime: Runtime, run: str) -> torch.device:
+    """Threads, determinism, kernels and the device of this rank."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
@@ -41,6 +42,7 @@ def prepare(runtime: Runtime) -> torch.device:
     device = pick_device(runtime.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what collective calls and generators look at
+    kernels.configure(runtime.kernels, run, device)
     return device
 
 
@@ -48,7 +50,7 @@ def prepare(runtime: Runtime) -> torch.device:
 def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job]:
     """The job of one run; within the block this rank has joined the others."""
     settings, seed = run.settings.train[run.name], run.settings.seed
-    device = prepare(run.runtime)
+    device = prepare(run.runtime, run.name)
     dtype = compute_dtype(settings.precision, device)
     parallel.start(device)
     push = HubPush(run.runtime.hub, run.warn) if run.runtime.hub and ranks.rank() == 0 else None
@@ -82,7 +84,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
 
         yield Job(
             run=run.name,
-            settings=settings,
+            settings=sized(settings, data.store),
             runtime=run.runtime,
             seed=seed,
             model=model,
@@ -168,6 +170,7 @@ def write_result(
         "skipped": position.skipped,
         "best": position.best,
         "params": plan.parameters,
+        "notes": job.model.notes(),
         "train_tokens": tokens,
         "train_flops": tokens * plan.flops_per_token,
         "parents": parents_of(identity),

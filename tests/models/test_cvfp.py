@@ -25,7 +25,7 @@ D, N = 16, 50
 
 
 def golden_model(depth: int, folder, *, chunk: int, sweeps: int, reads: bool = False, **more):
-    stream = Stream(torch.arange(N), golden.wide(700, (N, D), 1), reads=reads)
+    stream = Stream(torch.arange(N), golden.wide_array(700, (N, D), 1), reads=reads)
     model = make(
         stream, folder, seed_compat=True, depth=depth, chunk_tokens=chunk, sweeps=sweeps,
         noise=0.0, diversity=0.9, store_dtype="float64", micro_tokens=7, keep_contexts=True,
@@ -33,10 +33,10 @@ def golden_model(depth: int, folder, *, chunk: int, sweeps: int, reads: bool = F
     )  # fmt: skip
     with torch.no_grad():
         for i, layer in enumerate(model.context_block):
-            layer.weight.copy_(golden.wide(720 + 4 * i, (D, 2 * D), 0.25))
-            layer.bias.copy_(golden.wide(721 + 4 * i, (D,), 0.05))
-            layer.norm.weight.copy_(golden.wide(722 + 4 * i, (D,), 0.1, 1))
-            layer.norm.bias.copy_(golden.wide(723 + 4 * i, (D,), 0.05))
+            layer.weight.copy_(golden.wide_array(720 + 4 * i, (D, 2 * D), 0.25))
+            layer.bias.copy_(golden.wide_array(721 + 4 * i, (D,), 0.05))
+            layer.norm.weight.copy_(golden.wide_array(722 + 4 * i, (D,), 0.1, 1))
+            layer.norm.bias.copy_(golden.wide_array(723 + 4 * i, (D,), 0.05))
     return model
 
 
@@ -341,26 +341,27 @@ def test_the_token_block_is_the_golden_one(shared):
     model = golden_model(depth, Path("unused"), chunk=N, sweeps=2)
     z = trajectory(
         torch.zeros(1, D, dtype=torch.float64),
-        [p[:, None] for p in model.weights().token_side(golden.wide(700, (N, D), 1))],
+        [p[:, None] for p in model.weights().token_side(golden.wide_array(700, (N, D), 1))],
         model.weights(),
     )
-    h = golden.wide(700, (N, D), 1)
+    h = golden.wide_array(700, (N, D), 1)
     for i in range(depth):
-        V, b = golden.wide(1700 + 4 * i, (D, 2 * D), 0.25), golden.wide(1701 + 4 * i, (D,), 0.05)
+        V = golden.wide_array(1700 + 4 * i, (D, 2 * D), 0.25)
+        b = golden.wide_array(1701 + 4 * i, (D,), 0.05)
         grown = h + torch.relu(torch.cat((z[i][:, 0], h), 1) @ V.T + b)
         h = torch.nn.functional.layer_norm(grown, (D,), eps=1e-5)
     whole = build(cvfp, cvfp.Config(width=D, depth=depth, last_affine=True), N, seed=1).double()
     state = whole.state_dict()
     state |= {n: t for n, t in model.state_dict().items() if n in state}
     for i in range(depth):
-        state[f"token_block.{i}.weight"] = golden.wide(1700 + 4 * i, (D, 2 * D), 0.25)
-        state[f"token_block.{i}.bias"] = golden.wide(1701 + 4 * i, (D,), 0.05)
+        state[f"token_block.{i}.weight"] = golden.wide_array(1700 + 4 * i, (D, 2 * D), 0.25)
+        state[f"token_block.{i}.bias"] = golden.wide_array(1701 + 4 * i, (D,), 0.05)
     whole.load_state_dict(state)
     found = whole.hidden(torch.arange(N)[None])[0][0]
     assert torch.allclose(found, h, atol=1e-10)
     wanted = torch.tensor([-0.793205885809, -0.669657865203, 0.272782841046], dtype=torch.float64)
     assert torch.allclose(found[49, :3], wanted, atol=1e-10)
-    logits = found @ golden.wide(1720, (23, D), 0.5).T
+    logits = found @ golden.wide_array(1720, (23, D), 0.5).T
     assert torch.allclose(
         logits[49, :2], torch.tensor([0.693781769742, -2.674592950678], dtype=torch.float64)
     )

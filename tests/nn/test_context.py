@@ -13,12 +13,12 @@ D, N = 16, 50
 
 
 def golden_weights(depth: int) -> Weights:
-    W = [golden.wide(720 + 4 * i, (D, 2 * D), 0.25) for i in range(depth)]
+    W = [golden.wide_array(720 + 4 * i, (D, 2 * D), 0.25) for i in range(depth)]
     return Weights(
         tuple(w[:, :D] for w in W), tuple(w[:, D:] for w in W),
-        tuple(golden.wide(721 + 4 * i, (D,), 0.05) for i in range(depth)),
-        tuple(golden.wide(722 + 4 * i, (D,), 0.1, 1) for i in range(depth)),
-        tuple(golden.wide(723 + 4 * i, (D,), 0.05) for i in range(depth)),
+        tuple(golden.wide_array(721 + 4 * i, (D,), 0.05) for i in range(depth)),
+        tuple(golden.wide_array(722 + 4 * i, (D,), 0.1, 1) for i in range(depth)),
+        tuple(golden.wide_array(723 + 4 * i, (D,), 0.05) for i in range(depth)),
     )  # fmt: skip
 
 
@@ -55,12 +55,12 @@ def token_by_token(c: torch.Tensor, P: list[torch.Tensor], weights: Weights) -> 
 @pytest.mark.parametrize("depth", [1, 3, 6])
 def test_sequences_and_sweeps_are_the_golden_ones(shared, depth):
     arrays = np.load(shared / "golden/cvfp.npz")
-    weights, e = golden_weights(depth), golden.wide(700, (N, D), 1)
+    weights, e = golden_weights(depth), golden.wide_array(700, (N, D), 1)
     P = weights.token_side(e)
     start = torch.zeros(1, D, dtype=torch.float64)
     C = trajectory(start, [p[:, None] for p in P], weights)[-1][:, 0]
     assert np.abs(C.numpy() - arrays[f"sequential_{depth}"]).max() < 1e-10
-    before = golden.wide(760 + depth, (N, D), 1)
+    before = golden.wide_array(760 + depth, (N, D), 1)
     swept = one_step(before.roll(1, 0), P, weights)
     assert np.abs(swept.numpy() - arrays[f"sweep_wrap_{depth}"]).max() < 1e-10
     rule, carried = [], before[-1]

@@ -18,17 +18,17 @@ def test_golden_ranks_and_contraction(shared):
     assert probes.effective_rank(X) == pytest.approx(12.488607274928, abs=1e-9)
     assert probes.participation(X) == pytest.approx(6.409436633163, abs=1e-9)
     weights = golden_weights(3)
-    P = [p[1:, None] for p in weights.token_side(golden.wide(700, (50, 16), 1))]
+    P = [p[1:, None] for p in weights.token_side(golden.wide_array(700, (50, 16), 1))]
     for dropped, wanted in ((0, 0.855984252825), (16, 0.810933345781)):
         assert probes.contraction(X[:1], P, weights, dropped) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_golden_rank_matrices(shared):
     wanted = golden.read(shared, "cvfp.json")["effective_rank_matrices"]
-    decay = golden.wide(783, (60, 10), 1) * 0.5 ** torch.arange(10)
+    decay = golden.wide_array(783, (60, 10), 1) * 0.5 ** torch.arange(10)
     found = {
-        "uniform_hash_40x12": golden.wide(780, (40, 12), 1),
-        "rank_one": torch.outer(golden.wide(781, (30,), 1), golden.wide(782, (8,), 1)),
+        "uniform_hash_40x12": golden.wide_array(780, (40, 12), 1),
+        "rank_one": torch.outer(golden.wide_array(781, (30,), 1), golden.wide_array(782, (8,), 1)),
         "identity_10": torch.eye(10, dtype=torch.float64),
         "decay": decay,
     }
