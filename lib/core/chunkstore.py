@@ -136,7 +136,7 @@ class RowFile:
         """Rows [start, stop) as stored."""
         assert 0 <= start <= stop <= self.shape[0], (start, stop, self.shape)
         out = np.empty((stop - start, self.shape[1]), self.dtype)
-        view, at = memoryview(out).cast("B") if out.size else memoryview(b""), 0
+        view, at = _bytes_of(out), 0
         while at < len(view):  # a read may be short
             with files.disk_errors(self.path):
                 got = os.preadv(self._fd, [view[at:]], HEADER + start * self.row_bytes + at)
@@ -150,8 +150,7 @@ class RowFile:
         assert rows.dtype == self.dtype and rows.shape[1] == self.shape[1], (rows.dtype, rows.shape)
         assert 0 <= start <= start + len(rows) <= self.shape[0], (start, len(rows), self.shape)
         if len(rows):
-            data = memoryview(np.ascontiguousarray(rows)).cast("B")
-            self._pwrite(data, HEADER + start * self.row_bytes)
+            self._pwrite(_bytes_of(rows), HEADER + start * self.row_bytes)
 
     def stream(self, start: int, stop: int, rows: int) -> Iterator[np.ndarray]:
         """Rows [start, stop) in pieces of `rows`; blocks are read ahead in a thread.
@@ -199,11 +198,12 @@ class RowFile:
 
 def crc32(rows: np.ndarray, before: int = 0) -> int:
     """crc32 of rows as stored, continued from `before`."""
-    return (
-        zlib.crc32(memoryview(np.ascontiguousarray(rows)).cast("B"), before)
-        if rows.size
-        else before
-    )
+    return zlib.crc32(_bytes_of(rows), before)
+
+
+def _bytes_of(rows: np.ndarray) -> memoryview:
+    """The bytes of rows, of the array itself where it is contiguous."""
+    return memoryview(np.ascontiguousarray(rows).reshape(-1).view("u1"))  # type: ignore[arg-type]  # a buffer
 
 
 # ---------------------------------------------------------------- header

@@ -154,7 +154,7 @@ class Config:
     @property
     def layers(self) -> int:
         """K, token layers."""
-        return self.token_depth or self.get("depth")
+        return int(self.token_depth or self.get("depth"))
 
 
 def controls(config: Config) -> dict[str, Config]:
@@ -197,8 +197,10 @@ class Model(Family):
     """Token table -> context block -> token block -> head; which of them depends on the phase."""
 
     activation_bytes = 2**30  # graphs of a step that may be kept, runtime.activation_bytes
-    whole_steps = False
     seed = 0
+    reset_id: Tensor
+    head: nn.Linear | TiedHead
+    solver: Jacobi | Exact
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
@@ -237,7 +239,7 @@ class Model(Family):
     def _given_width(self) -> int:
         c = self.config
         widths = {"none": 0, "previous": c.previous * c.width, "leaky": c.d}
-        return widths.get(c.given, c.d * (1 + c.get("history")))
+        return widths[c.given] if c.given in widths else c.d * (1 + c.get("history"))
 
     # ------------------------------------------------------------ tokens and contexts
 
@@ -274,7 +276,7 @@ class Model(Family):
         """0 where a document begins, tokens (T, B); None where nothing is ever reset."""
         if self.config.get("reset") == "never":
             return None
-        return (tokens != self.reset_id).to(self.embedding.weight.dtype)
+        return tokens.ne(self.reset_id).to(self.embedding.weight.dtype)
 
     def inputs_of(
         self, e: Tensor, keep: Tensor | None, last: tuple[Tensor, ...] | None = None
@@ -332,6 +334,7 @@ class Model(Family):
         Z, after = self.given(e, keep, state or {})
         h = e
         for number, layer in enumerate(self.token_block):
+            assert isinstance(layer, Layer)
             z = Z[min(number, len(Z) - 1)]
             grown = F.linear(torch.cat((z, h), -1), layer.weight, layer.bias)
             h = layer.norm((h + F.relu(grown)).to(layer.norm.weight.dtype)).to(e.dtype)
@@ -479,9 +482,9 @@ class Model(Family):
 
     def flops_per_token(self, T: int) -> int:
         """6 a weight that a token passes; the table's factorisation is not credited."""
-        weights = sum(layer.weight.numel() for layer in (*self.context_block, *self.token_block))
-        heads = [*self.memory_head] if self.learns_contexts else [self.head]
-        weights += sum(head.weight.numel() for head in heads)
+        own = (self.context_block, self.token_block, self.memory_head)
+        weights = sum(p.numel() for part in own for p in part.parameters() if p.ndim == 2)
+        weights += 0 if self.learns_contexts else self.head.weight.numel()
         tied = 0 if self.learns_contexts or self.config.get("head") == "untied" else 1
         return 6 * (weights + tied * self.embedding.weight.numel())
 
@@ -532,7 +535,8 @@ class Model(Family):
         """Commit after every chunk: before the first overwrite of what the last one reads."""
         if self._sweeps is None:
             return False
-        sweep, chunk = self.solver.place  # type: ignore[union-attr]  # Jacobi's
+        assert isinstance(self.solver, Jacobi)
+        sweep, chunk = self.solver.place
         if chunk == self._sweeps.chunks - 1:
             self._snapshot(sweep + 1)
         return True

@@ -77,7 +77,8 @@ class Weights:
             if layer.norm.elementwise_affine:
                 gain, offset = layer.norm.weight.to(wide), layer.norm.bias.to(wide)
             found.append((W[:, :d], W[:, d:], b, gain, offset))
-        return cls(*zip(*found, strict=True), gelu)
+        A, B, b, gain, offset = zip(*found, strict=True)
+        return cls(A, B, b, gain, offset, gelu)
 
     @property
     def depth(self) -> int:

@@ -202,6 +202,7 @@ class Memory:
             with torch.no_grad():
                 true = self.model.embed(wanted)
             dtype = matmul_dtype(c)
+            assert isinstance(head, nn.Linear)
             guess = F.linear(rows.to(dtype), head.weight.to(dtype))  # (m, e)
             if not self.predicts:
                 total = total + (guess.to(c.dtype) - true).square().sum() / true.shape[-1]

@@ -41,7 +41,8 @@ class Sweeps:
         spare: int = 1,
         dtype: StoreDtype = "float16",
     ) -> None:
-        self.folder, self.key, self.dtype, self.width = folder, key, dtype, width
+        self.folder, self.key, self.width = folder, key, width
+        self.dtype: StoreDtype = dtype
         self.tokens, self.chunk_tokens = tokens, chunk_tokens
         self.chunks = -(-tokens // chunk_tokens)  # M
         self.layout, self.spare = layout, spare
@@ -204,7 +205,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(data.splitlines(), 1):
         try:
             line = json.loads(text)
-            line["sweep"], line["chunk"], line["crc32"]
+            numbers = {name: int(line[name]) for name in ("sweep", "chunk", "crc32")}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 "journal is damaged",
@@ -212,7 +213,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
                 value=f"line {number}",
                 remedy="remove the folder and run the same command",
             ) from error
-        found.append(line)
+        found.append(line | numbers)
     return found
 
 

@@ -56,9 +56,11 @@ def cut(
     ids: np.ndarray, step: int, micro_rows: int, device: torch.device, numbered: Rows | None
 ) -> list[Batch]:
     """The micro-batches of a rank's rows (rows, T + 1); numbered: knows which packed rows."""
-    own = numbered and numbered.row_numbers(step, ranks.rank(), ranks.world_size())
+    own = None
+    if numbered is not None:
+        own = numbered.row_numbers(step, ranks.rank(), ranks.world_size())
     parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
-    ends = range(micro_rows, len(ids), micro_rows)
+    ends = list(range(micro_rows, len(ids), micro_rows))
     of = [None] * len(parts) if own is None else np.split(own, ends)
     return [
         Batch(tokens=part[:, :-1], targets=part[:, 1:], step=step, rows=numbers)
