@@ -410,6 +410,8 @@ class Gpt2Table:
     )
     bytes: int = 548_105_171
     sha256: str = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+    # of GPT-2's own tokenizer: row i is the vector of its id i
+    tokenizer: str = "5695a11eb4a58ad1456c237fec6b1525c5224639ce309a3377d20fdfdcbc411a"
 
 
 @dataclass(frozen=True, kw_only=True)

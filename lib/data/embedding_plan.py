@@ -15,7 +15,7 @@ from typing import Any
 
 from lib.core import artifact, chunkstore
 from lib.core.artifact import Manifest
-from lib.core.errors import KumikiError, UserError, report_lines
+from lib.core.errors import EnvError, KumikiError, UserError, report_lines
 from lib.core.params import PARAMS, load, read_yaml, resolve
 
 TOKENS = Path("data/tokens/bpe.manifest.json")
@@ -155,6 +155,13 @@ def main() -> int:
         rate = matrix_rate()
         hours = plan.flops() / rate / 0.6 / 3600
         sys.stdout.write(f"  about {hours:.1f} hours at {rate / 1e9:.0f} GFLOP/s\n")
+        if plan.memory() > settings.runtime.memory_limit:
+            raise EnvError(
+                "plan takes too much memory",
+                value=f"{plan.memory() / 1e9:.2f} GB, runtime.memory_limit "
+                f"{settings.runtime.memory_limit / 1e9:.2f} GB",
+                remedy="lower chunk_tokens or the width, or raise the limit",
+            )
         scratch = artifact.scratch_root()
         sys.stdout.write(f"  {chunkstore.check_place(scratch, int(sum(plan.files().values())))}\n")
     except KumikiError as error:

@@ -172,6 +172,12 @@ def precompute(
     N, V = store.length("train"), store.vocab_size
     if N < 2:
         raise UserError("train split is too small", value=f"{N} tokens", remedy="add documents")
+    if section.source == "gpt2" and store.fingerprint != section.gpt2.tokenizer:
+        raise UserError(
+            "tokenizer is not that of the table",
+            value=f"tokens by {store.fingerprint[:8]}, GPT-2's {section.gpt2.tokenizer[:8]}",
+            remedy="encode with kind: gpt2, or use source: checkpoint",
+        )
     width = _width(section)
     recipe = recipe_of(section, tokens)
     key = artifact.key_of(KIND, recipe)

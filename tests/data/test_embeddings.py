@@ -170,7 +170,8 @@ def test_gpt2_is_taken_from_its_pinned_file_alone(project, monkeypatch, prefix):
     }
     save_file(tensors, project / "there.safetensors")
     data = (project / "there.safetensors").read_bytes()
-    pin = Gpt2Table(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    own = open_store(project / "data/tokens/bpe.manifest.json").fingerprint
+    pin = Gpt2Table(bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tokenizer=own)
     section = replace(SECTION, source="gpt2", gpt2=pin, mode="gather")
     asked = []
 
@@ -183,6 +184,8 @@ def test_gpt2_is_taken_from_its_pinned_file_alone(project, monkeypatch, prefix):
     run(project, section)
     run(project, section)
     assert len(asked) == 1
+    with pytest.raises(UserError, match="tokenizer is not that of the table"):
+        run(project, replace(section, gpt2=replace(pin, tokenizer="0" * 64)))
     e = [tensors[f"{prefix}{n}"] for n in ("wte.weight", "ln_f.weight", "ln_f.bias")]
     wanted = torch.nn.functional.layer_norm(e[0], (768,), e[1], e[2], 1e-5)
     assert (opened(project).table() - wanted).abs().max() < 4e-3
@@ -195,7 +198,8 @@ def test_gpt2_without_a_network_says_where_the_file_belongs(project, monkeypatch
     monkeypatch.setattr(hosts.Policy, "addresses", nothing)
     monkeypatch.setattr(hosts.Clock, "pause", lambda *a, **k: None)
     with pytest.raises(EnvError, match="source: checkpoint"):
-        run(project, replace(SECTION, source="gpt2", mode="gather"))
+        own = open_store(project / "data/tokens/bpe.manifest.json").fingerprint
+        run(project, replace(SECTION, source="gpt2", mode="gather", gpt2=Gpt2Table(tokenizer=own)))
 
 
 def test_vectors_that_fp16_cannot_hold_are_refused(project, monkeypatch):
