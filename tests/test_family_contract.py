@@ -33,6 +33,14 @@ PHASE8 = {
     "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": T, "tt_rank": 16,
 }  # fmt: skip
 TINY: dict[str, list[dict]] = {
+    "cvfp": [
+        {"width": 16},
+        {"width": 16, "depth": 6, "context_width": 24, "token_depth": 2},
+        {"width": 16, "depth": 2, "input_tokens": 2, "history": 1, "activation": "gelu"},
+        {"width": 16, "head": "tied", "train_embedding": True},
+        {"width": 16, "given": "previous", "previous": 3},
+        {"width": 16, "given": "leaky", "train_context": False},
+    ],
     "gpt": [
         {"depth": 2, "width": 16, "heads": 2, "context": T},
         {"depth": 2, "width": 16, "heads": 2, "context": T, "variant": "modern", "kv_heads": 1},
@@ -97,7 +105,9 @@ def ids(rows: int, length: int) -> Tensor:
 
 def batch(rows: int) -> SimpleNamespace:
     tokens = ids(rows, T + 1)
-    return SimpleNamespace(tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0, first_row=0)
+    return SimpleNamespace(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0, first_row=0, rows=None
+    )
 
 
 def test_families_are_the_files():
@@ -172,6 +182,27 @@ def test_a_row_does_not_depend_on_its_batch(name, i):
     more = torch.cat((tokens[:1, 5:], tokens[1:2, 5:]))
     repeated, _ = model(more, model.repeat_state(state, 2))
     assert torch.allclose(torch.cat((whole, repeated[:1]), dim=1), together[:1], atol=1e-5)
+
+
+@every_family
+@torch.no_grad()
+def test_logits_at_marked_positions_are_the_forwards(name, i):
+    """Evaluation asks for few positions, and continues one state several times."""
+    model, tokens = stirred(name, i), ids(2, T)
+    where = torch.zeros(2, T, dtype=torch.bool)
+    where[0, 3] = where[1, 2] = where[1, T - 1] = True
+    whole, _ = model(tokens)
+    found, _ = model.logits_at(tokens, where)
+    assert found.shape == (3, V)
+    assert torch.allclose(found, whole[where], atol=1e-5)
+    none, state = model.logits_at(tokens[:1, :5], torch.zeros(1, 5, dtype=torch.bool))
+    assert none.shape == (0, V)
+    for rows in (1, 2):
+        more = tokens[:1, 5:].expand(rows, -1)
+        again, _ = model.logits_at(more, torch.ones_like(more, dtype=torch.bool),
+                                   model.repeat_state(state, rows))  # fmt: skip
+        assert torch.allclose(again.view(rows, -1, V), whole[:1, 5:].expand(rows, -1, -1),
+                              atol=1e-5)  # fmt: skip
 
 
 @every_family

@@ -5,12 +5,29 @@ Names, meanings, units and defaults stand here only; lib.core.settings holds the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lib.core.kernel_choice import CHOICES, OPERATORS
 from lib.core.refusal import refuse
 
 # ---------------------------------------------------------------- train, runs, families
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """Small runs beside a run, which its family names: what its result is compared with."""
+
+    tokens: int = 20_000_000  # of each
+    seeds: int = 2
+    arms: tuple[str, ...] | None = None  # null: all that the family knows
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.tokens < 1, "tokens", self.tokens, "use 1 or more"),
+            (self.seeds < 1, "seeds", self.seeds, "use 1 or more"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +73,7 @@ class Train:
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_bytes: int | None = None  # validation text of one of them, null = all
     sample_every: int = 0  # steps between samples, 0 = none
+    controls: Controls | None = None  # null: none are trained
 
     def __post_init__(self) -> None:
         counts = ("warmup", "skip_steps", "eval_every", "sample_every")
@@ -145,7 +163,12 @@ class Runtime:
     device_batch_size: int | Literal["auto"] = "auto"  # most rows on one device at once
     compile: bool = False  # torch.compile of what the family names
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory
+    activation_bytes: int = 2**30  # graphs of one step kept by families that may run it twice
+    memory_limit: int = 8 * 10**9  # bytes that a plan may take
     attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
+    # auto: a Triton kernel where it runs and passes its self-test, else the PyTorch reference; or
+    # by operator with a `default`. KUMIKI_KERNELS=reference in the environment wins.
+    kernels: Literal["auto", "triton", "reference"] | Mapping[str, str] = "auto"
     deterministic: bool = False  # GPU: slower kernels whose sums have one order (the CPU's always)
     shard: Literal["none", "optimizer", "fsdp"] = "none"  # what ranks hold a part of
     # weights that wait in host memory (lib.nn.stream)
@@ -167,7 +190,14 @@ class Runtime:
 
     def __post_init__(self) -> None:
         rows = self.device_batch_size
+        kernels = self.kernels if isinstance(self.kernels, Mapping) else {}
+        choices, known = ", ".join(CHOICES), ("default", *OPERATORS)
         refuse(
+            *((n not in known, f"kernels.{n}", n, f"choose {', '.join(known)}") for n in kernels),
+            *(
+                (x not in CHOICES, f"kernels.{n}", x, f"choose {choices}")
+                for n, x in kernels.items()
+            ),
             (isinstance(rows, int) and rows < 1, "device_batch_size", rows, "use 1 or more"),
             (self.stream_slots < 2, "stream_slots", self.stream_slots, "use 2 or more"),
             (

@@ -12,20 +12,22 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lib import kernels
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
-from lib.core.errors import UserError
 from lib.core.params import typed
-from lib.core.run_settings import Runtime, Train
+from lib.core.run_settings import Runtime
 from lib.core.stage import Run
 from lib.models.base import Family, load_family
 from lib.nn.stream import Streaming, open_stream
 from lib.train import parallel
+from lib.train.controls import look_inside, table, train_controls
 from lib.train.final import write_final
 from lib.train.inputs import Data, require_context, sized, take_weights
 from lib.train.job import Job, Outcome
@@ -33,8 +35,8 @@ from lib.train.precision import compute_dtype, pick_device
 from lib.train.sinks import HubPush
 
 
-def prepare(runtime: Runtime) -> torch.device:
-    """Threads, determinism and the device of this rank."""
+def prepare(runtime: Runtime, run: str) -> torch.device:
+    """Threads, determinism, kernels and the device of this rank."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
@@ -42,6 +44,7 @@ def prepare(runtime: Runtime) -> torch.device:
     device = pick_device(runtime.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what collective calls and generators look at
+    kernels.configure(runtime.kernels, run, device)
     return device
 
 
@@ -49,7 +52,7 @@ def prepare(runtime: Runtime) -> torch.device:
 def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job]:
     """The job of one run; within the block this rank has joined the others."""
     settings, seed = run.settings.train[run.name], run.settings.seed
-    device = prepare(run.runtime)
+    device = prepare(run.runtime, run.name)
     dtype = compute_dtype(settings.precision, device)
     parallel.start(device)
     push = HubPush(run.runtime.hub, run.warn) if run.runtime.hub and ranks.rank() == 0 else None
@@ -59,22 +62,25 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             run.inputs["tokens"], run.inputs["tokenizer"], seed, full=run.runtime.verify == "full"
         )
         module = load_family(family)
-        config = typed(module.Config, plain(settings.model), "params.yaml")
-        with torch.device("meta"):
-            model = module.Model(config, data.store.vocab_size)
-        model.vocab_size = data.store.vocab_size
-        model.attention = run.runtime.attention
+        start = settings.init_from or run.inputs.get("contexts")
         request = Streaming(
             runtime=run.runtime, context=data.store.context, averaged=settings.ema_decay > 0,
             grad_dtype=getattr(torch, settings.grad_wire),
         )  # fmt: skip
-        model.streamer = partial(open_stream, request=request)
-        require_context(data.store.context, model)
-        model.to_empty(device="cpu")
-        model.init_weights(seed)
-        if settings.init_from:
-            take_weights(Path(settings.init_from), model, data.tokenizer.fingerprint)
-        model.place(device, dtype)
+
+        def build(config: Any, own_seed: int, started: bool) -> Family:
+            model = make_model(module, config, data, run.runtime)
+            model.streamer = partial(open_stream, request=request)
+            model.init_weights(own_seed)
+            if "embeddings" in run.inputs:
+                model.read_from(data.embeddings(run.inputs))
+            if started and start:
+                take_weights(Path(start), model, data.tokenizer.fingerprint)
+            model.place(device, dtype)
+            return model
+
+        config = typed(module.Config, plain(settings.model), "params.yaml")
+        model = build(config, seed, True)
         require_wire(settings, model)
 
         def push_weights(step: int, weights: dict[str, Tensor]) -> None:
@@ -91,8 +97,8 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             runtime=run.runtime,
             seed=seed,
             model=model,
-            rows=data.rows,
-            context=data.store.context,
+            rows=lambda plan: data.rows(plan, model.stream_rows),
+            context=model.stream_rows or data.store.context,
             device=device,
             dtype=dtype,
             work=run.work,
@@ -106,9 +112,14 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             },
             extra={"code": run.code, "parents": parents_of(identity)},
             bytes_per_token=data.bytes_per_token,
-            validate=data.validator(settings, device, dtype),
+            validate=data.validator(settings, device, dtype)
+            if model.predicts
+            else lambda model: None,
             sample=data.sampler(device),
             push=push_weights,
+            build=build,
+            diagnostic_rows=data.first_rows,
+            val_bytes_per_token=data.val_bytes_per_token(settings) if settings.controls else 0.0,
             stop=run.stop,
             log=run.log,
             warn=run.warn,
@@ -119,6 +130,16 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
         if push is not None:
             push.close()
         parallel.stop()
+
+
+def make_model(module: ModuleType, config: Any, data: Data, runtime: Runtime) -> Family:
+    """A model of the family on the CPU, its weights not yet filled."""
+    with torch.device("meta"):
+        model = module.Model(config, data.store.vocab_size)
+    model.vocab_size = data.store.vocab_size
+    model.attention, model.activation_bytes = runtime.attention, runtime.activation_bytes
+    require_context(data.store.context, model)
+    return model.to_empty(device="cpu")
 
 
 def require_wire(settings: Train, model: Family) -> None:
@@ -133,7 +154,8 @@ def require_wire(settings: Train, model: Family) -> None:
 
 def parents_of(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Hashes of what the run was made from."""
-    return {name: identity[name] for name in ("tokens", "tokenizer", "init_from")}
+    names = ("tokens", "tokenizer", "init_from", "embeddings", "contexts")
+    return {name: identity[name] for name in names if name in identity}
 
 
 def describe_model(
@@ -149,8 +171,13 @@ def describe_model(
     }
 
 
-def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, Any]) -> None:
-    """The final model and the curves, where the frame publishes them from."""
+def write_result(
+    run: Run, job: Job, outcome: Outcome, identity: Mapping[str, Any], beside: Mapping[str, Any]
+) -> None:
+    """The final model and the curves, where the frame publishes them from.
+
+    beside: JSON values that lie in the model's folder, by file name.
+    """
     plan, position = outcome.plan, outcome.position
     tokens = (position.step - position.skipped) * plan.batch_tokens
     family, vocab_size = job.identity["family"], job.identity["vocab_size"]
@@ -171,5 +198,18 @@ def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, An
         "code_changes": position.code_changes,
     }
     config = describe_model(family, identity, vocab_size, job.context)
-    write_final(run.result, outcome.weights, config, provenance, run.inputs["tokenizer"])
+    write_final(run.result, outcome.weights, config, provenance, run.inputs["tokenizer"], beside)
     outcome.observer.write_curves(run.files_beside("curves"))
+    job.model.finish()
+
+
+def files_beside(job: Job, module: ModuleType) -> dict[str, Any]:
+    """stats.json and controls.json of a run whose family has them."""
+    found: dict[str, Any] = {}
+    if statistics := job.model.statistics():
+        found["stats.json"] = statistics | {"final": look_inside(job)}
+    if job.settings.controls is not None:
+        found["controls.json"] = controls = train_controls(job, module)
+        for line in [*table(controls["rows"]), controls["verdict"]]:
+            job.log(line)
+    return found

@@ -22,7 +22,7 @@ from lib.core.errors import Interrupted
 from lib.nn.ema import Ema
 from lib.train import parallel, safety
 from lib.train.checkpoint import Checkpoints
-from lib.train.job import Batch, Job, Outcome
+from lib.train.job import Batch, Job, Outcome, cut
 from lib.train.observe import Observer
 from lib.train.optim import build_optimizer
 from lib.train.plan import describe, make_plan, refuse_accumulation, refuse_unshardable
@@ -61,26 +61,22 @@ def train(job: Job) -> Outcome:
         peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
     rows, parameters = job.rows(plan), list(model.parameters())
+    numbered = rows if model.reads_rows() else None
     model.attach(job.work)
     observer.cut(state.resume(job.seed, job.log))
     position, scaler, optimizer = state.position, state.scaler, state.optimizer
-    share = plan.rows // world
-    micro_rows = state.keep_micro_rows(plan.micro_rows(runtime, device, world), job.log)
-    micro_rows = model.group_rows(micro_rows, share)
+    micro_rows = plan.micro_rows(runtime, device, world, model.whole_steps)
+    micro_rows = model.group_rows(state.keep_micro_rows(micro_rows, job.log), plan.rows // world)
     micro_batches = plan.rows // micro_rows  # of one step over all ranks
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
 
-    def backward(ids: Tensor, first_row: int = 0) -> Iterator[tuple[Tensor | None, bool]]:
+    def backward(batch: Batch) -> Iterator[tuple[Tensor | None, bool]]:
         """Gradients of one micro-batch, added: (its loss, or None without any; True at its end).
 
         More than once where the family yields STEP: an update is made before it goes on.
         """
-        batch = Batch(
-            tokens=ids[:, :-1], targets=ids[:, 1:], step=position.step, first_row=first_row
-        )
-        total = None
-        losses = iter(model.losses(batch))
+        total, losses = None, iter(model.losses(batch))
         while True:
             with autocast(device, job.dtype):
                 loss = next(losses, None)
@@ -97,9 +93,8 @@ def train(job: Job) -> Outcome:
     def updates(arrays: Iterator[Any]) -> Iterator[tuple[int, Any, list[Tensor], bool]]:
         """(step, micro-batches, their losses, last of its batch) with the gradients in place."""
         for step, ids in enumerate(arrays, start=position.step):
-            parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
-            first_rows = range(rank * share, (rank + 1) * share, micro_rows)
-            for found in zip(*map(backward, parts, first_rows), strict=True):
+            parts = cut(ids, step, micro_rows, device, numbered)
+            for found in zip(*map(backward, parts), strict=True):
                 yield step, parts, [x for x, _ in found if x is not None], found[0][1]
 
     def evaluate(step: int) -> bool:
@@ -120,10 +115,10 @@ def train(job: Job) -> Outcome:
 
     def dry_step() -> float:
         """One micro-batch, then forgotten: a lack of memory shows now, not hours later. Seconds."""
-        ids = torch.from_numpy(next(rows.prefetch(position.step, position.step + 1, rank, world)))
+        ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            for loss, _ in backward(ids[:micro_rows].to(device)):
+            for loss, _ in backward(cut(ids, position.step, micro_rows, device, numbered)[0]):
                 float(loss or 0)  # waits for the device
         return time.monotonic() - began
 
@@ -193,7 +188,7 @@ def train(job: Job) -> Outcome:
                 if runtime.hub and done % runtime.hub.every_steps == 0:
                     job.push(done, state.weights())
                 asked = asked or (world == 1 and job.stop.asked)  # since the numbers were taken
-                waits = done - committed >= runtime.checkpoint_every_steps or model.sweep_end()
+                waits = model.sweep_end() or done - committed >= runtime.checkpoint_every_steps
                 if is_last or asked or late or improved or waits:
                     state.commit(observer)
                     committed, committed_at = done, time.monotonic()
