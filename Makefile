@@ -19,12 +19,12 @@ test: setup  ## all tests that need no accelerator, one process a core
 	$(PYTEST)
 
 test-interpret: triton  ## Triton kernels, interpreted on the CPU (ALL=1: with what takes minutes)
-	TRITON_INTERPRET=1 python -m pytest -q $(if $(ALL),,-m "not slow") \
+	TRITON_INTERPRET=1 python -m pytest -q -n auto $(if $(ALL),,-m "not slow") \
 	  tests/kernels/test_interpret.py tests/kernels/test_broken.py tests/kernels/test_golden.py
 
 test-aot: triton  ## Triton kernels, compiled for GPUs without one (ALL=1: all targets and tiles)
 	env -u TRITON_INTERPRET KUMIKI_TEST_AOT=1 \
-	  python -m pytest -q $(if $(ALL),,-m "not slow") tests/kernels/test_aot.py
+	  python -m pytest -q -n auto $(if $(ALL),,-m "not slow") tests/kernels/test_aot.py
 
 triton: setup
 	@python -c 'from lib.core.kernel_choice import missing; raise SystemExit(bool(missing()))' || \

@@ -136,7 +136,8 @@ def loaded_by_name(module: str, root: Path) -> Iterator[Path]:
 def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]:
     """(family files that a stage runs, names of those that dvc.yaml writes as a template).
 
-    `--run gpt` is one family. Of a `foreach` over families the closure is the union, only the
+    `--run gpt` is one family, that which `train.gpt` names or the run's own name. Of a `foreach`
+    over families the closure is the union, only the
     family file itself is templated (pipeline.md 2.5). Of `runs` it is that of the families which
     its lines name.
     """
@@ -146,13 +147,15 @@ def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]
     every = [path for path in models if path.stem != "base"]
     if run is None:
         return [], set()
+    from lib.core.params import PARAMS, read_yaml
+
+    raw = read_yaml(root / PARAMS)
     if "foreach" not in body:
-        return [path for path in every if path.stem == run], set()
+        family = (raw["train"].get(run) or {}).get("family") or run
+        return [path for path in every if path.stem == family], set()
     templated = {path.relative_to(root).as_posix() for path in every}
     if "runs" in body["foreach"]:
-        from lib.core.params import PARAMS, read_yaml
-
-        lines = (read_yaml(root / PARAMS).get("runs") or {}).values()
+        lines = (raw.get("runs") or {}).values()
         used = {line.get("family") for line in lines}
         return [root / "lib/models/base.py", *(p for p in every if p.stem in used)], templated
     return every, templated

@@ -16,6 +16,21 @@ from lib.core.refusal import refuse
 
 
 @dataclass(frozen=True, kw_only=True)
+class Controls:
+    """Small runs beside a run, which its family names: what its result is compared with."""
+
+    tokens: int = 20_000_000  # of each
+    seeds: int = 2
+    arms: tuple[str, ...] | None = None  # null: all that the family knows
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.tokens < 1, "tokens", self.tokens, "use 1 or more"),
+            (self.seeds < 1, "seeds", self.seeds, "use 1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """One training run: `train.defaults` < `families.<run>` < `train.<run>` or `runs.<run>`.
 
@@ -57,6 +72,7 @@ class Train:
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_bytes: int | None = None  # validation text of one of them, null = all
     sample_every: int = 0  # steps between samples, 0 = none
+    controls: Controls | None = None  # null: none are trained
 
     def __post_init__(self) -> None:
         counts = ("warmup", "skip_steps", "eval_every", "sample_every")
@@ -146,6 +162,8 @@ class Runtime:
     device_batch_size: int | Literal["auto"] = "auto"  # most rows on one device at once
     compile: bool = False  # torch.compile of what the family names
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory
+    activation_bytes: int = 2**30  # graphs of one step kept by families that may run it twice
+    memory_limit: int = 8 * 10**9  # bytes that a plan may take
     attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
     # auto: a Triton kernel where it runs and passes its self-test, else the PyTorch reference; or
     # by operator with a `default`. KUMIKI_KERNELS=reference in the environment wins.

@@ -53,6 +53,7 @@ class Stage:
     about: str  # one sentence, shown by --help
     sections: tuple[str, ...]  # parameters it may read, as dvc.yaml tracks them
     inputs: dict[str, str] = field(default_factory=dict)  # option -> default path
+    extras: tuple[str, ...] = ()  # options of inputs that only some runs have
     out: str  # default path of the output
     beside: dict[str, str] = field(default_factory=dict)  # option -> folder that gets single files
     item: str | None = None  # "name" or "run": the option that picks the foreach item
@@ -83,7 +84,8 @@ class Run:
         self.of: int | None = getattr(arguments, "of", None)
         self.settings = Declared(settings, stage.sections)
         self.runtime: Runtime = settings.runtime
-        self.inputs = {option: Path(getattr(arguments, option)) for option in stage.inputs}
+        given = {option: getattr(arguments, option) for option in (*stage.inputs, *stage.extras)}
+        self.inputs = {option: Path(path) for option, path in given.items() if path is not None}
         self.out = Path(arguments.out)
         self.beside = {option: Path(getattr(arguments, option)) for option in stage.beside}
         self.title = f"{stage.name}@{self.name}" if self.name else stage.name
@@ -421,6 +423,8 @@ def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
         name = getattr(known, stage.item) if known else "{name}"
     for option, default in stage.inputs.items():
         parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
+    for option in stage.extras:
+        parser.add_argument(f"--{option}", help="an input that some runs have")
     parser.add_argument("--out", default=stage.out.replace("{name}", name or ""))
     for option, default in stage.beside.items():
         parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))

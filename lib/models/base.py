@@ -13,7 +13,7 @@ Letters: B batch, T context, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +45,7 @@ class Batch(Protocol):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
     step: int
+    rows: Any  # numbers of the packed rows, (B,); None where the batch is none of those
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ class Defaults:
     grad_clip: float = 1.0  # global norm, 0 = off
     param_data_ratio: float = 20.0  # tokens per scaling parameter (arXiv 2203.15556)
     batch_tokens: int | Literal["auto"] = 2**19
+    steps: int | None = None  # where the family's own state decides the length of a run
 
 
 class Family(nn.Module):
@@ -103,6 +105,10 @@ class Family(nn.Module):
     attention: str = "auto"  # engine, runtime.attention; set before `place`
     activation_checkpointing = False  # recompute blocks in backward; set by the trainer
     max_context: int | None = None  # longest row it may be given, None = any
+    predicts = True  # its loss is cross-entropy in nats; False: no PPL, no bits per byte
+    whole_steps = False  # `losses` gets all rows of a rank's step at once and cuts them itself
+    stream_rows: int | None = None  # tokens of a step that reads the corpus as one stream
+    activation_bytes = 2**30  # graphs of one step that it may keep, runtime.activation_bytes
     trained_depth = 1  # of thought: the exit that training aims at
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -116,6 +122,19 @@ class Family(nn.Module):
         """
         logits, state = self(tokens, state)
         return logits[where], state
+
+    def reads_rows(self) -> bool:
+        """Whether a batch must say which packed rows it holds."""
+        return self.inputs != "tokens" and self.stream_rows is None
+
+    def take_weights(self, read: Callable[[Mapping[str, tuple] | None], dict[str, Tensor]]) -> None:
+        """Begin with another run's weights; read(shapes) gives them, UserError unless they fit."""
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        self.load_state_dict(read(own))
+
+    def read_from(self, source: Any) -> None:
+        """Take what an embeddings artefact gives (lib.data.embeddings), before the first step."""
+        raise TypeError(f"{type(self).__name__} reads tokens only")
 
     # ------------------------------------------------------------ losses
 
@@ -232,6 +251,14 @@ class Family(nn.Module):
         """The family's own progress lines, printed below the step line."""
         return None
 
+    def statistics(self) -> dict[str, Any]:
+        """What final/stats.json holds of the run; empty: no such file."""
+        return {}
+
+    def diagnostics(self, tokens: Tensor) -> dict[str, float]:
+        """Numbers about the model's inside on rows of training tokens (B, T), by name."""
+        return {}
+
     # ------------------------------------------------------------ state
 
     def repeat_state(self, state: Any, n: int) -> Any:
@@ -256,8 +283,11 @@ class Family(nn.Module):
         """Make the state on disk durable, before a manifest names it."""
 
     def sweep_end(self) -> bool:
-        """True: commit a checkpoint before the next step."""
+        """Called after every step. True: commit a checkpoint before the next one."""
         return False
+
+    def finish(self) -> None:
+        """The result is written: remove state on disk that nobody needs any more."""
 
 
 def build(
