@@ -194,8 +194,9 @@ def test_reference_point_nanochat_d20(monkeypatch):
 
 def test_reference_point_cvfp_ultrachat(monkeypatch):
     settings = shipped(monkeypatch, "cvfp_ultrachat")
-    embeddings, contexts = estimate.embedding_bytes(settings) or (0, 0)
-    assert (round(embeddings / 1e9, 1), round(contexts / 1e9, 1)) == (39.3, 78.6)
+    facts = dict(estimate.embedding_cost(settings).facts)
+    sizes = [round(facts[f"{name}_bytes"] / 1e9, 1) for name in ("embeddings", "contexts")]
+    assert sizes == [39.3, 78.6]
 
 
 def test_reference_point_ramgpt_1b(monkeypatch):
