@@ -183,7 +183,9 @@ def _text_bytes(settings: Settings) -> float | None:
 def _wants_embeddings(settings: Settings) -> bool:
     """Whether the profile says anything of token vectors, or nothing of any run: then all count."""
     overlay = _overlay(settings)
-    return bool(overlay.get("precompute_embeddings")) or not _touched(overlay)
+    if _touched(overlay):
+        return bool(overlay.get("precompute_embeddings"))
+    return "precompute_embeddings" in params.read_yaml(Path(params.PARAMS))
 
 
 def embedding_cost(settings: Settings) -> Cost:

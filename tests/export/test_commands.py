@@ -212,7 +212,7 @@ def test_reference_point_ramgpt_1b(monkeypatch):
 def test_estimate_counts_refuses_and_fits(kumiki):
     code, out, _ = kumiki("estimate", "--json", "--device", "cpu2", "--fit", "1h")
     found = json.loads(out)
-    assert code == 0 and found["fit"]["train_gpt"]["steps"] == 1
+    assert code == 0 and found["fit"]["train@gpt"]["steps"] == 1
     assert found["machine"]["source"] == "from table, not measured"
     assert kumiki("estimate", "--device", "abacus")[0] == 2
     assert kumiki("estimate", "--fit", "soon")[0] == 2
@@ -223,7 +223,7 @@ def test_what_does_not_fit_names_need_and_knobs(kumiki, monkeypatch):
     tiny = machines.Machine(name="tiny", flops=1e9, vram_bytes=1e6, ram_bytes=1e12)
     monkeypatch.setitem(machines.TABLE, "cpu2", tiny)
     code, _, err = kumiki("estimate", "--device", "cpu2")
-    assert code == 4 and "GPU memory too small for train_gpt" in err and "device_batch_size" in err
+    assert code == 4 and "GPU memory too small for train@gpt" in err and "device_batch_size" in err
 
 
 def test_rates_of_doctor_full_are_used(kumiki, project):
