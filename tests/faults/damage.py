@@ -38,7 +38,7 @@ class Kind:
 
 MADE = ("data/", "scratch/", "checkpoints/", "metrics/")
 KINDS: dict[str, Kind] = {
-    "shard": Kind("notes/*.gz", "extract", ("data/documents",)),
+    "shard": Kind("scratch/shards/*/*.gz", "extract", ("data/documents",)),
     "shard manifest": Kind("data/shards.manifest.json", "extract", ("data/documents",)),
     "document part": Kind("data/documents/*/*.parquet", "encode", ("data/tokens", "scratch/tok")),
     "document ledger": Kind("data/documents/*/*.json", "encode", ("data/tokens", "scratch/tok")),

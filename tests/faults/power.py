@@ -1,8 +1,8 @@
 """Power loss: record what a writer asks of the file system, build what a crash may leave of it.
 
 What is certain: file data after fsync of the file, names after fsync of the folder. All else since
-then may be there, torn or gone, in any combination (the crash states of ALICE, OSDI 2014). Data that
-a library writes by itself is seen when its file is fsynced: before that nothing of it is certain.
+then may be there, torn or gone, in any combination (the crash states of ALICE, OSDI 2014). Data
+that a library writes by itself is seen when its file is fsynced: before that none of it is certain.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _apply(entries: dict, change: list) -> None:
 class Recorder:
     """A model of everything below `root`; `states` grows by a copy of it after every operation."""
 
-    def __init__(self, root: Path, rename_lost: bool = False) -> None:
+    def __init__(self, root: Path) -> None:
         self.root, self.tree, self.states = root.resolve(), Folder(), list[Folder]()
 
     @contextlib.contextmanager
@@ -142,11 +142,11 @@ class Recorder:
 def _path_of(given, kwargs) -> Path | None:
     """The path of a descriptor or name, also relative to `dir_fd`; None for what is no file."""
     if isinstance(given, int):
-        name = os.readlink(f"/proc/self/fd/{given}")
-        return Path(name) if name.startswith("/") else None
+        name = Path(f"/proc/self/fd/{given}").readlink()
+        return name if name.is_absolute() else None
     path = Path(os.fsdecode(given))
     if kwargs.get("dir_fd") is not None and not path.is_absolute():
-        path = Path(os.readlink(f"/proc/self/fd/{kwargs['dir_fd']}")) / path
+        path = Path(f"/proc/self/fd/{kwargs['dir_fd']}").readlink() / path
     return path.absolute()
 
 

@@ -1,4 +1,4 @@
-"""A14: whatever a loss of power leaves, the newest durable checkpoint loads and no manifest lies."""
+"""A14: after a loss of power the newest durable checkpoint loads, and no manifest lies."""
 
 from __future__ import annotations
 
