@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.faults.crash import Injector, in_child, tree
 from tests.faults.toy import STEPS, prepare, run, skip
@@ -137,37 +138,45 @@ def judge(code: int, text: str, same: bool) -> str:
     return f"refused, exit {code}"
 
 
-def enumerate_damage(folder: Path, kind: Kind, flips: int) -> Counter[str]:
+def planned(paths: list[Path], flips: int, most: int | None) -> list[tuple[Path, str, Any]]:
+    """(file, name of the damage, bytes or None) for all damages, or `most` of them by lot."""
+    draw, found = random.Random(1), []
+    for path in paths:
+        data = path.read_bytes()
+        others = [p.read_bytes() for p in paths if p.suffix == path.suffix and p != path]
+        each = max(2, flips // len(paths))
+        harm = harms(data, [o for o in others if o != data], each, draw)
+        found += [(path, *one) for one in harm]
+    return draw.sample(found, most) if most and most < len(found) else found
+
+
+def enumerate_damage(folder: Path, kind: Kind, flips: int, most: int | None) -> Counter[str]:
     """Every damage to every file of the kind; how often each outcome was seen."""
     start = state_before(folder, kind)
     whole = folder / "whole"
     shutil.copytree(start, whole, symlinks=True)
     code, text = read_by(whole, kind)
     assert code == 0, text
-    expected, seen, draw = made(whole, kind), Counter(), random.Random(1)
+    expected, seen = made(whole, kind), Counter()
     assert expected, f"nothing was made under {kind.out}"
     paths = sorted(p for p in start.glob(kind.files) if p.is_file() and ".lock" not in p.name)
     assert paths, f"no file matches {kind.files}"
     failures: list[str] = []
-    for path in paths:
-        data = path.read_bytes()
-        others = [p.read_bytes() for p in paths if p.suffix == path.suffix and p != path]
-        each = max(2, flips // len(paths))
-        for name, changed in harms(data, [o for o in others if o != data], each, draw):
-            project = folder / "damaged"
-            shutil.copytree(start, project, symlinks=True)
-            target = project / path.relative_to(start)
-            stat = target.stat()
-            target.unlink()
-            if changed is not None:
-                target.write_bytes(changed)
-                os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            code, text = read_by(project, kind)
-            try:
-                seen[judge(code, text, made(project, kind) == expected)] += 1
-            except AssertionError as error:
-                failures.append(f"{path.relative_to(start)}, {name}: {error}")
-            shutil.rmtree(project)
+    for path, name, changed in planned(paths, flips, most):
+        project = folder / "damaged"
+        shutil.copytree(start, project, symlinks=True)
+        target = project / path.relative_to(start)
+        stat = target.stat()
+        target.unlink()
+        if changed is not None:
+            target.write_bytes(changed)
+            os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        code, text = read_by(project, kind)
+        try:
+            seen[judge(code, text, made(project, kind) == expected)] += 1
+        except AssertionError as error:
+            failures.append(f"{path.relative_to(start)}, {name}: {error}")
+        shutil.rmtree(project)
     assert not failures, f"{len(failures)} of {sum(seen.values())}:\n" + "\n".join(failures[:8])
     return seen
 
@@ -178,8 +187,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--flips", type=int, default=100, help="over all files of the kind")
+    parser.add_argument("--most", type=int, help="damages, by lot; default all")
     given = parser.parse_args()
-    seen = enumerate_damage(given.folder, KINDS[given.kind], given.flips)
+    seen = enumerate_damage(given.folder, KINDS[given.kind], given.flips, given.most)
     sys.stdout.write(json.dumps(seen) + "\n")
 
 
