@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+PYTEST := python -m pytest -q -n auto -m "not gpu and not slow and not faults"
 # make repro TORCH_INDEX=<index> adds a package index, for example one with CPU-only torch wheels.
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -11,14 +12,14 @@ PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 repro: setup  ## the whole pipeline with the default parameters
 	dvc repro
 
-test: setup  ## all tests that need no accelerator
-	python -m pytest -q -m "not gpu and not slow and not faults"
+test: setup  ## all tests that need no accelerator, one process a core
+	$(PYTEST)
 
 check: setup gate  ## what every change passes: lint, types, parameters, DAG, tests
 	ruff check .
 	ruff format --check .
 	pyright
-	python -m pytest -q -m "not gpu and not slow and not faults"
+	$(PYTEST)
 
 gate: setup  ## dvc.yaml and dvc.lock in step with the code
 	python -m lib.core.params --check

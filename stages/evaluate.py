@@ -1,8 +1,9 @@
 """evaluate --run <run>: a finished model x the validation documents -> its numbers and samples.
 
-In:  checkpoints/<run>/final, the documents and token files behind its training.
-Out: metrics/<run>/eval.json; beside it eval_record.json and samples.json.
-Note: a killed run continues at the block of documents it was scoring.
+In:  checkpoints/<run>/final, the documents and token files behind its training; the shard manifest,
+     since CORE's tasks may be a source.
+Out: metrics/<run>/eval.json; beside it eval_record.json, samples.json, depth.csv, examples/.
+Note: a killed run continues at the block of documents, or the task, that it was scoring.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from lib.core.stage import Run, Stage
 
 STAGE = Stage(
     name="evaluate",
-    about="Measure one trained model: bits per byte, what to compare it with, samples.",
+    about="Measure one trained model: bits per byte, cloze, CORE, samples.",
     sections=("eval",),
     inputs={
         "model": "checkpoints/{name}/final",
         "documents": "data/documents",
         "tokens": "data/tokens/bpe.manifest.json",
+        "shards": "data/shards.manifest.json",
     },
     out="metrics/{name}/eval.json",
     beside={"records": "metrics/{name}"},
@@ -29,8 +31,8 @@ STAGE = Stage(
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """The model, the tokens it was trained on, the documents behind them, the settings."""
-    from lib.eval.inputs import find_documents
+    """The model, the tokens it was trained on, the documents behind them, tasks, settings."""
+    from lib.eval.inputs import bundle_identity, find_documents
 
     tokens = Manifest.read(run.inputs["tokens"], kind="tokens")
     return {
@@ -38,6 +40,7 @@ def identity(run: Run) -> dict[str, Any]:
         "model": stage.input_hash(run.inputs["model"]),
         "tokens": stage.input_hash(run.inputs["tokens"]),
         "documents": stage.input_hash(find_documents(run.inputs["documents"], tokens)),
+        "bundle": bundle_identity(run),
     }
 
 

@@ -37,11 +37,12 @@ def body(run: Run) -> None:
 
     folder = run.inputs["model"]
     opened = open_folder(folder)
+    config, model = opened.model.exported(opened.config)
     provenance = files.read_json(folder / "provenance.json")
     what = hf.Exportable(
         family=opened.family,
-        config=opened.config,
-        model=opened.model,
+        config=config,
+        model=model,
         tokenizer=opened.tokenizer,
         tokenizer_folder=folder,
         boundary=opened.boundary,

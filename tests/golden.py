@@ -28,8 +28,15 @@ def uniform(k: int, n: int, seed: int = SEED) -> np.ndarray:
 
 def array(k: int, shape: list[int] | tuple[int, ...], scale: float, shift: float = 0.0) -> Tensor:
     """W(k, shape, scale, shift) rounded to float32."""
+    return wide_array(k, shape, scale, shift).float()
+
+
+def wide_array(
+    k: int, shape: list[int] | tuple[int, ...], scale: float, shift: float = 0.0
+) -> Tensor:
+    """W(k, shape, scale, shift) as it is, float64."""
     flat = shift + scale * math.sqrt(3) * (2 * uniform(k, math.prod(shape)) - 1)
-    return torch.from_numpy(flat.astype(np.float32)).reshape(shape)
+    return torch.from_numpy(flat).reshape(shape)
 
 
 def read(folder: Path, name: str):

@@ -25,11 +25,44 @@ from lib.train.optim import build_optimizer
 from lib.train.schedule import make_schedule
 
 V, T = 61, 12  # a vocabulary that is no multiple of anything
+PHASE7 = {
+    "width": 16, "depth": 2, "heads": 2, "d_ff": 24, "context": T, "window": 4, "ssm_rank": 5,
+    "tt_rank": 16, "curvature": {"warmup": 3},
+}  # fmt: skip
+PHASE8 = {
+    "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": T, "tt_rank": 16,
+}  # fmt: skip
 TINY: dict[str, list[dict]] = {
     "gpt": [
         {"depth": 2, "width": 16, "heads": 2, "context": T},
         {"depth": 2, "width": 16, "heads": 2, "context": T, "variant": "modern", "kv_heads": 1},
     ],
+    "trm": [
+        {"width": 16, "heads": 2, "context": T},
+        {
+            **{"width": 16, "heads": 2, "context": T, "depth": 1, "latent_steps": 2},
+            **{"block": "post_ln", "join": "concat", "schedule": "every", "init": "input"},
+            **{"grad": "last", "input_norm": True},
+        },
+        {"width": 16, "heads": 2, "context": T, "halt": "q", "tied": False},
+        {"width": 16, "heads": 2, "context": T, "variant": "looped", "match": "trm"},
+        {"width": 16, "heads": 2, "context": T, "variant": "plain", "depth": 3},
+    ],
+    "phase7": [
+        PHASE7,
+        {**PHASE7, "geometry": "euclid", "tt_order": "strided", "window": 1},
+        {**PHASE7, "geometry": "dot", "ssm": False, "embedding": "dense", "window": T},
+        {**PHASE7, "values": "centroid", "tt_phase": True, "rank": {"target": None}, "window": 7},
+        {
+            **PHASE7,
+            "embedding": "lowrank",
+            "curvature": {"learned": False},
+            "context": 40,
+            "window": 40,
+        },
+        {**PHASE7, "tt_order": "random", "geometry": "dot"},
+    ],
+    "phase8": [PHASE8, {**PHASE8, "tt_phase": True}, {**PHASE8, "embedding": "dense"}],
 }
 CASES = [
     pytest.param(name, i, id=f"{name}-{i}")

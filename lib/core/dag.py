@@ -136,7 +136,8 @@ def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]
     """(family files that a stage runs, names of those that dvc.yaml writes as a template).
 
     `--run gpt` is one family. Of a `foreach` over families the closure is the union, only the
-    family file itself is templated (pipeline.md 2.5); `runs` cannot know its files beforehand.
+    family file itself is templated (pipeline.md 2.5). Of `runs` it is that of the families which
+    its lines name.
     """
     words = body["cmd"].split()
     run = words[words.index("--run") + 1] if "--run" in words else None
@@ -148,7 +149,11 @@ def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]
         return [path for path in every if path.stem == run], set()
     templated = {path.relative_to(root).as_posix() for path in every}
     if "runs" in body["foreach"]:
-        return [root / "lib/models/base.py"], templated
+        from lib.core.params import PARAMS, read_yaml
+
+        lines = (read_yaml(root / PARAMS).get("runs") or {}).values()
+        used = {line.get("family") for line in lines}
+        return [root / "lib/models/base.py", *(p for p in every if p.stem in used)], templated
     return every, templated
 
 

@@ -27,11 +27,12 @@ class Train:
     init_from: str | None = None  # folder of another run's final model: weights only, step 0
     # length: the first that is given, in this order
     steps: int | None = None
+    epochs: float | None = None  # passes over all rows
     target_flops: float | None = None
     param_data_ratio: float | None = None  # tokens per scaling parameter
     batch_tokens: int | Literal["auto"] | None = None  # of one step over all ranks
     # optimizer; a family may have rates of its own
-    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # rule of the matrices
     lr: float = 3e-4  # peak
     beta1: float = 0.9
     beta2: float = 0.95
@@ -40,7 +41,9 @@ class Train:
     grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
     skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
     # schedule
-    schedule: Literal["constant", "linear", "cosine", "warmdown", "base", "modern"] | None = None
+    schedule: (
+        Literal["constant", "linear", "triangle", "cosine", "warmdown", "base", "modern"] | None
+    ) = None
     warmup: int = 0  # steps
     warmdown_ratio: float = 0.2  # share of the steps that `warmdown` falls over
     final_lr: float = 0.0  # share of the peak that is left at the end
@@ -55,7 +58,7 @@ class Train:
 
     def __post_init__(self) -> None:
         counts = ("warmup", "skip_steps", "eval_every", "sample_every")
-        lengths = ("steps", "target_flops", "param_data_ratio", "eval_bytes")
+        lengths = ("steps", "epochs", "target_flops", "param_data_ratio", "eval_bytes")
         shares = ("beta1", "beta2", "ema_decay")
         batch = self.batch_tokens
         refuse(
@@ -69,6 +72,12 @@ class Train:
                 for n in shares
             ),
             (isinstance(batch, int) and batch < 1, "batch_tokens", batch, "use 1 or more"),
+            (
+                self.epochs is not None and (self.steps is not None or not isinstance(batch, int)),
+                "epochs",
+                self.epochs,
+                "give it without steps, and with a number of batch_tokens",
+            ),
             (not self.lr > 0, "lr", self.lr, "use a number above 0"),
             (not self.eps > 0, "eps", self.eps, "use a number above 0"),
             (self.weight_decay < 0, "weight_decay", self.weight_decay, "use 0 or more"),
@@ -196,10 +205,41 @@ class BitsPerByte:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Core:
+    """DCLM's CORE, or the part of it that a bundle holds (evaluation.md 3)."""
+
+    enabled: Literal["auto"] | bool = "auto"  # auto: where there is a bundle
+    bundle: str | None = None  # a source of kind archive, or a folder with core.yaml
+    max_per_task: int = 0  # rows of a task, 0 = all; a capped run is core_partial
+    max_context: int | None = None  # ids of a prompt; null: what the model was trained on
+
+    def __post_init__(self) -> None:
+        limit, ways = self.max_context, "name a folder with core.yaml, or a source of kind archive"
+        refuse(
+            (self.enabled is True and not self.bundle, "bundle", self.bundle, ways),
+            (self.max_per_task < 0, "max_per_task", self.max_per_task, "use 0 (all) or more"),
+            (limit is not None and limit < 2, "max_context", limit, "use 2 or more, or null"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cloze:
+    """Tasks made from the validation text (evaluation.md 6)."""
+
+    items: int = 400  # of each task at most, 0 = no cloze
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        refuse((self.items < 0, "items", self.items, "use 0 (off) or more"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     """Section `eval`: how finished models are measured, the same way for all families."""
 
     bpb: BitsPerByte = field(default_factory=BitsPerByte)
+    core: Core = field(default_factory=Core)
+    cloze: Cloze = field(default_factory=Cloze)
     samples: bool = True  # texts of the model beside its numbers
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the matmuls; auto: fp32 on a CPU
 

@@ -91,6 +91,7 @@ class Measured:
             "total_bytes": self.total_bytes,
             "tokens": total,
             "bytes_per_token": self.total_bytes / max(1, total),
+            "perplexity": math.exp(self.loss) if self.lossless else None,  # of this tokenizer only
             "document_nats": self.nats.tolist(),
             "document_bytes": self.bytes.tolist(),
         }

@@ -1,4 +1,4 @@
-"""What is measured, on what: a finished model, its tokenizer and tokens, the documents behind them.
+"""What is measured, on what: a model, its tokenizer and tokens, the documents behind them, tasks.
 
 Rule:  the text is the one that the training tokens were encoded from, the tokenizer the model's
        own; both are compared by hash. Needs no torch, so a stage may ask before it begins.
@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.core import artifact
+from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.stage import Run, input_hash
 from lib.data.documents import read_documents
+from lib.data.sources import ensure_files
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokens import TokenStore
+from lib.eval import bundle as bundles
 from lib.train.final import Final
 
 Document = tuple[str, str]  # id, text
@@ -81,3 +83,49 @@ def find_documents(folder: Path, tokens: Manifest) -> Path:
         value=f"tokens of {wanted[:8]}, found {seen}",
         remedy="`dvc repro` the encoding and the training",
     )
+
+
+# ---------------------------------------------------------------- where the bundle is
+
+
+def find_bundle(run: Run) -> Path | None:
+    """The folder of `eval.core.bundle`, a verified source or a local folder; None = no CORE."""
+    settings = run.settings.eval.core
+    if settings.enabled is False:
+        return None
+    if settings.bundle is not None:
+        if _entries(run):
+            manifest = Manifest.read(run.inputs["shards"], "shards")
+            paths = ensure_files(manifest, settings.bundle, None, run.runtime, run.log)
+            roots = sorted(p.parent for n, p in paths.items() if n.split("/")[-1] == bundles.INDEX)
+            if roots:
+                return roots[0]
+        elif (Path(settings.bundle) / bundles.INDEX).is_file():
+            return Path(settings.bundle)
+    ways = "name a folder with core.yaml, or a source of kind archive, in eval.core.bundle"
+    if settings.enabled is True:
+        raise UserError("no task bundle", value=settings.bundle, remedy=ways)
+    run.log(f"core: null, no task bundle ({settings.bundle or 'eval.core.bundle is null'}); {ways}")
+    return None
+
+
+def bundle_identity(run: Run) -> list[list[str]] | None:
+    """(name, sha256) of every file that decides CORE; None where there is no bundle."""
+    settings = run.settings.eval.core
+    if settings.enabled is False or settings.bundle is None:
+        return None
+    if entries := _entries(run):
+        return entries
+    folder = Path(settings.bundle)
+    if not (folder / bundles.INDEX).is_file():
+        return None
+    named = [folder / bundles.INDEX, folder / bundles.BASELINES]
+    named += sorted((folder / bundles.DATA).rglob("*.jsonl"))
+    return [[p.relative_to(folder).as_posix(), files.sha256_file(p)] for p in named if p.is_file()]
+
+
+def _entries(run: Run) -> list[list[str]]:
+    """Files of the source that `eval.core.bundle` names, as the shard manifest lists them."""
+    start = f"{run.settings.eval.core.bundle}/"
+    entries = Manifest.read(run.inputs["shards"], "shards").files
+    return [[e.path, e.sha256] for e in entries if e.path.startswith(start)]

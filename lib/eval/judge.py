@@ -2,7 +2,8 @@
 
 In:    a finished model, the documents, the token files that it was trained on.
 Out:   eval.json (nine numbers, the same keys for every family), eval_record.json (all that they
-       were made from), samples.json. No time, rate, device or path in any of them.
+       were made from), samples.json, depth.csv, examples/ (a line for each decision of cloze and
+       CORE). No time, rate, device or path in any of them.
 Rule:  every rank scores, rank 0 writes; what belongs together is compared by hash (inputs.py)
        before the first forward pass.
 """
@@ -10,22 +11,27 @@ Rule:  every rank scores, rank 0 writes; what belongs together is compared by ha
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from lib.core import files, ranks
+from lib.core import files
 from lib.core.errors import InputError, UserError
 from lib.core.stage import Run
 from lib.eval import baselines, bpb
 from lib.eval.bpb import LEAST_BYTES, Measured, Ranks
+from lib.eval.depth import ExitScorer, write_depth
+from lib.eval.exams import Examiner, Marks
 from lib.eval.inputs import Inputs
 from lib.eval.scorer import Rules, Scorer
+from lib.eval.speed import measure_speed
 from lib.export.samples import language_of, make_samples
 from lib.train import parallel
 from lib.train.precision import pick_device
 
-RECORD, SAMPLES = "eval_record.json", "samples.json"
+RECORD, SAMPLES, DEPTH = "eval_record.json", "samples.json", "depth.csv"
+SPEED = "speed.json"  # beside the receipt, never among metrics
+S = TypeVar("S", bound=Scorer)
 
 
 def evaluate(run: Run) -> None:
@@ -43,27 +49,39 @@ def evaluate(run: Run) -> None:
         start = time.perf_counter()
         measured = measure_text(run, inputs, model, rules, device, dtype)
         seconds = {"bpb": time.perf_counter() - start}
+        marks = Examiner(
+            run=run, inputs=inputs, model=model, rules=rules, device=device, dtype=dtype
+        ).examine()
     finally:
         parallel.stop()
-    if ranks.rank() > 0:
+    if not parallel.is_first():
         return
-    record = record_of(inputs, model, rules, dtype, measured)
+    record = record_of(inputs, model, rules, dtype, measured) | marks.record
     record["baselines"] = compare(run, inputs, rules, measured.total_bytes)
     said = "null" if measured.bpb is None else f"{measured.bpb:.4f}"
     told = ", ".join(f"{k} {v:.4f}" for k, v in record["baselines"]["bpb"].items() if v is not None)
     run.log(f"bits per byte: {said} on {measured.total_bytes:,} bytes; beside it {told}")
     beside = run.files_beside("records")
     files.write_json(beside / RECORD, record)
+    start = time.perf_counter()
+    exits = scorer_of(ExitScorer, run, inputs, model, rules, device, dtype)
+    write_depth(beside / DEPTH, measured, exits, inputs.texts(), inputs.tokenizer)
+    seconds["depth"] = time.perf_counter() - start
+    start = time.perf_counter()
     if settings.samples:
-        start = time.perf_counter()
-        b = rules.boundary_id
-        language = language_of(text for _, text in inputs.texts())
-        first = [] if b is None else [b]
-        samples = make_samples(model, inputs.tokenizer, first, language, device)
-        seconds["samples"] = time.perf_counter() - start
-        files.write_json(beside / SAMPLES, samples)
-    files.write_json(run.work / "speed.json", {"seconds": seconds, "device": str(device)})
-    files.write_json(run.result, metrics_of(inputs, model, measured))
+        write_samples(run, inputs, model, rules, device)
+    seconds |= {**marks.seconds, "samples": time.perf_counter() - start}
+    speed = measure_speed(model, inputs.context, device, dtype)
+    files.write_json(run.work / SPEED, {"seconds": seconds, **speed})
+    files.write_json(run.result, metrics_of(inputs, model, measured, marks))
+
+
+def write_samples(run: Run, inputs: Inputs, model: Any, rules: Rules, device: torch.device) -> None:
+    """samples.json: what the model says by itself."""
+    first = [] if rules.boundary_id is None else [rules.boundary_id]
+    language = language_of(text for _, text in inputs.texts())
+    samples = make_samples(model, inputs.tokenizer, first, language, device)
+    files.write_json(run.files_beside("records") / SAMPLES, samples)
 
 
 def eval_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -96,15 +114,7 @@ def measure_text(
         )
     if not inputs.tokenizer.lossless:
         return bpb.count_only(inputs.texts(), inputs.tokenizer)
-    scorer = Scorer(
-        model=model,
-        rules=rules,
-        token_bytes=inputs.tokenizer.token_bytes,
-        device=device,
-        dtype=dtype,
-        budget_tokens=run.runtime.eval_tokens,
-        warn=run.warn,
-    )
+    scorer = scorer_of(Scorer, run, inputs, model, rules, device, dtype)
     with run.progress(total, "bytes") as advance:
         return bpb.measure(
             inputs.texts(),
@@ -114,6 +124,21 @@ def measure_text(
             units=run.units,
             advance=advance,
         )
+
+
+def scorer_of(
+    kind: type[S], run: Run, inputs: Inputs, model: Any, rules: Rules, device: Any, dtype: Any
+) -> S:
+    """A scorer of `kind` as the run's settings have it."""
+    return kind(
+        model=model,
+        rules=rules,
+        token_bytes=inputs.tokenizer.token_bytes,
+        device=device,
+        dtype=dtype,
+        budget_tokens=run.runtime.eval_tokens,
+        warn=run.warn,
+    )
 
 
 def record_of(
@@ -169,15 +194,14 @@ def compare(run: Run, inputs: Inputs, rules: Rules, total_bytes: int) -> dict[st
     return result
 
 
-def metrics_of(inputs: Inputs, model: Any, measured: Measured) -> dict[str, float | int | None]:
+def metrics_of(
+    inputs: Inputs, model: Any, measured: Measured, marks: Marks
+) -> dict[str, float | int | None]:
     """eval.json: exactly nine keys; null is what has not been measured."""
     provenance = inputs.final.provenance
     numbers = {
         "bpb": measured.bpb,
-        "cloze": None,
-        "core": None,
-        "core_partial": None,
-        "core_v2": None,
+        **marks.numbers,
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "train_flops": provenance.get("train_flops"),
         "train_tokens": provenance.get("train_tokens"),

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from lib.core.errors import Interrupted, KumikiError, UserError, report_lines
 
-COMMANDS = {"generate": "lib.export.generate_command"}
+COMMANDS = {
+    "generate": "lib.export.generate_command",
+    "harness": "lib.eval.harness_command",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
+    _add_harness(commands)
     return parser
 
 
@@ -61,6 +65,19 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add("--echo", action="store_true", help="print the prompt in front of the text")
     add("--no-stream", dest="stream", action="store_false", help="print the text when it is whole")
     add("--logprobs", action="store_true", help="log-probability of each token, in nats")
+    add("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _add_harness(commands: argparse._SubParsersAction) -> None:
+    about = "Judge a model by lm-evaluation-harness, beside our own figures."
+    command = commands.add_parser("harness", help=about, description=about)
+    add = command.add_argument
+    add("model", nargs="?", metavar="MODEL", help="run or folder; default: the newest model")
+    add("--tasks", required=True, metavar="A,B", help="cloze, labels of --bundle, or its own tasks")
+    add("--bundle", metavar="FOLDER", help="a folder with core.yaml")
+    add("--documents", metavar="FOLDER", help="documents that cloze is made from")
+    add("--limit", type=int, metavar="N", help="rows of a task")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--json", action="store_true", help="one JSON document on stdout")
 
 

@@ -150,6 +150,7 @@ def _facts(opened: Opened, generation: Generation, clock: Clock) -> dict[str, An
         "first_token_s": clock.first_s,
         "tokens_per_s": len(ids) / clock.seconds,
         "characters_per_s": len(text) / clock.seconds,
+        **opened.model.log_scalars(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **vars(generation.sampling),
     }

@@ -27,7 +27,16 @@ from torch.utils.checkpoint import checkpoint
 from lib.core.rng import torch_generator
 from lib.models import families, load_family
 
-__all__ = ["Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family"]
+__all__ = [
+    "STEP", "Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family",
+]  # fmt: skip
+
+
+class _Step:
+    """The type of `STEP`."""
+
+
+STEP = _Step()  # what `losses` yields where the optimizer is to step before the next loss
 
 
 class Batch(Protocol):
@@ -46,7 +55,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
-    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # rule of the matrices
+    optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # of the matrices
     batch_tokens: int = 2**19  # tokens of one optimizer step over all ranks
     steps: int = 1  # steps of the whole run
     param_data_ratio: float | None = None  # tokens per scaling parameter, where the run sets it
@@ -57,18 +66,20 @@ class Optim:
 class Group:
     """Parameters under one rule. `lr` is the peak: the schedule multiplies it.
 
-    adamw: decoupled decay, epsilon after the bias correction. muon, normuon: lib.train.optim;
-    `betas[1]` is normuon's, the momentum comes from the schedule, `weight_decay` is scheduled too.
+    adamw: decoupled decay, epsilon after the bias correction; adamw8bit: its moments in a byte
+    each, by an optional library. muon, normuon: lib.train.optim; `betas[1]` is normuon's, the
+    momentum comes from the schedule, `weight_decay` is scheduled too.
     """
 
     name: str
     params: Mapping[str, nn.Parameter]
-    rule: Literal["adamw", "muon", "normuon"] = "adamw"
+    rule: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
     iteration_dtype: torch.dtype = torch.bfloat16  # in which muon orthogonalises
+    scheduled: bool = True  # False: `lr` holds throughout (rule adamw only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +103,27 @@ class Family(nn.Module):
     attention: str = "auto"  # engine, runtime.attention; set before `place`
     activation_checkpointing = False  # recompute blocks in backward; set by the trainer
     max_context: int | None = None  # longest row it may be given, None = any
+    trained_depth = 1  # of thought: the exit that training aims at
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
+    def logits_at(self, tokens: Tensor, where: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits (N, V) of the N positions that `where` (B, n) bool marks, in row order; the state.
+
+        A family with a large head overrides it, so that no other logits are computed.
+        """
+        logits, state = self(tokens, state)
+        return logits[where], state
+
     # ------------------------------------------------------------ losses
 
-    def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """Scalar losses, one by one, each backpropagated before the next is asked for."""
+    def losses(self, batch: Batch) -> Iterator[Tensor | _Step]:
+        """Scalar losses, one by one, each backpropagated before the next is asked for.
+
+        `STEP` between them: the trainer updates the weights before it goes on, within one batch.
+        """
         losses = self.token_losses(batch.tokens, batch.targets)
         yield losses.sum() / (batch.targets >= 0).sum().clamp(min=1)
 
@@ -111,6 +134,14 @@ class Family(nn.Module):
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
         )
         return flat.view_as(targets)
+
+    def exit_logits(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Logits (B, T, V) at every depth of thought at which the model may stop, in one pass."""
+        yield self(tokens)[0]
+
+    def exit_flops(self, T: int) -> list[int]:
+        """Inference FLOPs of one token at each of these depths."""
+        return [self.flops_per_token(T) // 3]
 
     # ------------------------------------------------------------ weights and place
 
@@ -133,9 +164,19 @@ class Family(nn.Module):
         names = [name for name, _ in self.named_buffers()]
         assert not names, f"{type(self).__name__} must fill its buffers {names} in init_buffers"
 
+    def refuse_weights(self, config: Any) -> None:
+        """UserError where weights trained under `config` mean another model, shapes apart."""
+
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
         self.to(device)
+
+    def weights_taken(self) -> None:
+        """Called where a run begins with another one's weights: hold what would start anew."""
+
+    def exported(self, config: Any) -> tuple[Any, Family]:
+        """(Config, model) as an export writes them, without what only training needs."""
+        return config, self
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
@@ -144,6 +185,10 @@ class Family(nn.Module):
         return block(*inputs)
 
     # ------------------------------------------------------------ optimisation and accounts
+
+    def matched_steps(self, steps: int | None, T: int) -> int | None:
+        """Steps of the run where its settings say `steps`; a twin of equal FLOPs takes others."""
+        return steps
 
     def param_groups(self, optim: Optim) -> list[Group]:
         """Matrices with decay, everything else without; each parameter exactly once."""
@@ -180,7 +225,7 @@ class Family(nn.Module):
         return []
 
     def log_scalars(self) -> dict[str, float]:
-        """Extra numbers for the log line of this step, by name."""
+        """Extra numbers by name: for the log line of this step, or a generation's footer."""
         return {}
 
     def progress(self) -> str | None:

@@ -366,10 +366,29 @@ class Model(Family):
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """tokens (B, n) int64 -> logits (B, n, V) fp32, and the state that continues the rows."""
         x, kept = self.hidden(tokens, state, keep=True)
+        return self._logits(x), kept
+
+    def logits_at(
+        self, tokens: Tensor, where: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Logits (N, V) of the marked positions (B, n) alone, and the state."""
+        x, kept = self.hidden(tokens, state, keep=True)
+        return self._logits(x[where]), kept
+
+    def repeat_state(self, state: State, n: int) -> State:
+        """Views of row 0: nothing here writes into a state."""
+        repeat = lambda x: x[:1].expand(n, *x.shape[1:])  # noqa: E731
+        return State(
+            state.position, repeat(state.last),
+            tuple(map(repeat, state.keys)), tuple(map(repeat, state.values)),
+        )  # fmt: skip
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The final normed x (..., d) -> (..., V) fp32, softcapped."""
         z = F.linear(x, self.head.weight[: self.vocab_size])
         z = z.float() if z.dtype != torch.float64 else z  # near 15 a bf16 step is 0.06
         c = self.switches.softcap
-        return c * torch.tanh(z / c) if c else z, kept
+        return c * torch.tanh(z / c) if c else z
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
         """One loss: mean cross-entropy of the batch's targets."""

@@ -10,7 +10,7 @@ Note:  validation text comes out of the token files: a lossless tokenizer gives 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -104,11 +104,22 @@ class Data:
 def take_weights(source: Path, model: Family, tokenizer: str) -> None:
     """Load the weights of the finished model in `source` into `model`.
 
-    UserError unless tokenizer and shapes agree.
+    UserError unless tokenizer and shapes agree, and what else the family compares.
     """
     final = Final.open(source, tokenizer)
+    model.refuse_weights(final.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(final.weights(shapes))
+    model.weights_taken()
+
+
+def sized(settings: Train, store: TokenStore) -> Train:
+    """`settings` with the steps of its `epochs`, whole passes over the rows where it has them."""
+    if settings.epochs is None:
+        return settings
+    assert isinstance(settings.batch_tokens, int), "run_settings demands a number"
+    rows = settings.batch_tokens // store.context
+    return replace(settings, epochs=None, steps=max(1, int(settings.epochs * store.rows / rows)))
 
 
 def require_context(context: int, model: Family) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lib.core.errors import InputError
 from lib.kernels.xxt import xxt
 from lib.models.base import Group
+from lib.train.eight_bit import EightBitAdamW
 from lib.train.schedule import Multipliers
 
 # Quintic x -> a x + b x^3 + c x^5 on singular values; they end in [0.67, 1.21], by design.
@@ -105,18 +106,21 @@ class Optimizer:
         names = [name for group in self.groups for name in group.params]
         assert len(names) == len(set(names)), "a parameter stands in two groups"
         adamw = [group for group in self.groups if group.rule == "adamw"]
-        muon = [group for group in self.groups if group.rule != "adamw"]
+        coded = [group for group in self.groups if group.rule == "adamw8bit"]
+        muon = [group for group in self.groups if group.rule in ("muon", "normuon")]
         ranks = dist.get_world_size() if shard and dist.is_initialized() else 1
         self._rank = dist.get_rank() if ranks > 1 else 0
         self._owners = deal(muon, ranks)
-        self._adamw = _AdamW(adamw)
+        self._adamw: list[_AdamW | EightBitAdamW] = [_AdamW(adamw)]
+        self._adamw += [EightBitAdamW(coded)] if coded else []
         self._stacks = [s for group in muon for s in _stacks(group, self._owners, self._rank)]
         self._matrices = {n: p for group in muon for n, p in group.params.items()}
 
     @torch.no_grad()
     def step(self, multipliers: Multipliers) -> None:
         """One update from the gradients that are there."""
-        self._adamw.step(multipliers)
+        for rule in self._adamw:
+            rule.step(multipliers)
         for stack in self._stacks:
             stack.step(multipliers)
         self._share(self._matrices)
@@ -130,24 +134,26 @@ class Optimizer:
     @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
         """All state by name, sorted: exp_avg, exp_avg_sq, step; momentum, second_moment. Views."""
-        state = self._adamw.state_tensors()
+        state = {n: t for rule in self._adamw for n, t in rule.state_tensors().items()}
         for stack in self._stacks:
             state.update(stack.state_tensors())
         if len(set(self._owners.values())) > 1:
             for group in self.groups:
-                missing = {} if group.rule == "adamw" else _empty_state(group)
+                missing = _empty_state(group) if group.rule in ("muon", "normuon") else {}
                 state = missing | state
             self._share({n: t for n, t in state.items() if _parameter(n) in self._owners})
         return dict(sorted(state.items()))
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state_tensors`, under any sharding. InputError if it does not fit."""
-        own = self._adamw.state_tensors()
+        own = {n: t for rule in self._adamw for n, t in rule.state_tensors().items()}
         for stack in self._stacks:
             own.update(stack.state_tensors())
         wanted = set(own)
         for group in self.groups:
-            wanted |= set() if group.rule == "adamw" else set(_empty_state(group, meta=True))
+            wanted |= (
+                set(_empty_state(group, meta=True)) if group.rule in ("muon", "normuon") else set()
+            )
         for name in sorted(wanted ^ set(tensors)):
             _misfit(name, "missing" if name in wanted else "surplus")
         for name, tensor in own.items():
@@ -281,7 +287,7 @@ class _AdamW:
                 self._half += [] if p.dtype == wide else [(group, name)]
             if members:
                 whole.append((group, members))
-        self._rates = [group.lr for group, _ in whole]
+        self._groups = [group for group, _ in whole]
         self._fused = torch.optim.AdamW(
             [
                 {
@@ -299,11 +305,12 @@ class _AdamW:
 
     def step(self, multipliers: Multipliers) -> None:
         if self._fused is not None:
-            for settings, rate in zip(self._fused.param_groups, self._rates, strict=True):
-                settings["lr"] = rate * multipliers.lr
+            for settings, group in zip(self._fused.param_groups, self._groups, strict=True):
+                settings["lr"] = group.lr * (multipliers.lr if group.scheduled else 1.0)
             self._fused.step()
         for group, name in self._half:
-            _step_half(group, group.params[name], self._state[name], multipliers.lr)
+            factor = multipliers.lr if group.scheduled else 1.0
+            _step_half(group, group.params[name], self._state[name], factor)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{n}.{kind}": t for n, state in self._state.items() for kind, t in state.items()}

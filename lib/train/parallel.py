@@ -48,6 +48,11 @@ def peak_flops(device: torch.device) -> float | None:
     return None if one is None else ranks.world_size() * one
 
 
+def is_first() -> bool:
+    """Whether this is rank 0, which writes for all."""
+    return ranks.rank() == 0
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():

@@ -79,7 +79,7 @@ def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) 
         batch_tokens=batch,
         params=model.scaling_params(),
         flops_per_token=flops,
-        num_iterations=settings.steps,
+        num_iterations=model.matched_steps(settings.steps, context),
         target_flops=settings.target_flops,
         param_data_ratio=ratio,
     )
@@ -152,3 +152,13 @@ def refuse_unshardable(model: Family, plan: Plan) -> None:
                 value=f"{group.rule} with runtime.shard: fsdp",
                 remedy="use optimizer: adamw, or shard: optimizer",
             )
+
+
+def refuse_accumulation(micro_batches: int) -> None:
+    """UserError where a family updates within a batch and the batch is cut into several."""
+    if micro_batches > 1:
+        raise UserError(
+            "updates within a batch need it in one piece",
+            value=f"supervision_update is step, {micro_batches} micro-batches",
+            remedy="set supervision_update: sum, or raise runtime.device_batch_size to all rows",
+        )

@@ -78,13 +78,15 @@ def restore_random_states(states: dict[str, Tensor], device: torch.device) -> No
 
 
 def find_culprit(
-    model: nn.Module, micro_batches: Sequence[Tensor], backward: Callable[[Tensor], Tensor | None]
+    model: nn.Module,
+    micro_batches: Sequence[Tensor],
+    backward: Callable[[Tensor], Iterator[tuple[Tensor | None, bool]]],
 ) -> int | None:
     """Number of the first micro-batch whose own loss or gradient is not finite, None if none is."""
     for number, rows in enumerate(micro_batches):
         for parameter in model.parameters():
             parameter.grad = None
-        loss = backward(rows)
+        loss, _ = next(backward(rows))
         found = [p.grad for p in model.parameters() if p.grad is not None]
         if (loss is not None and not loss.isfinite()) or not all(
             bool(g.isfinite().all()) for g in found

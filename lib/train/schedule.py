@@ -73,7 +73,7 @@ class Schedule:
         return min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
 
 
-SCHEDULES = ("constant", "linear", "cosine", "warmdown", "base", "modern")
+SCHEDULES = ("constant", "linear", "triangle", "cosine", "warmdown", "base", "modern")
 
 
 def make_schedule(
@@ -87,8 +87,9 @@ def make_schedule(
     """The schedule of a run of `steps`.
 
     constant | linear | cosine (fall from the end of warm-up) | warmdown (the last share falls
-    linearly): warmup and final as given. base, modern: the two eras' own values; warmup, ratio and
-    final play no part. UserError: an unknown name, steps < 1, warm-up beyond the end.
+    linearly): warmup and final as given; triangle is linear with one step at the peak and the last
+    one at `final`, as in TRM's published recipe. base, modern: the two eras' own values; warmup,
+    ratio and final play no part. UserError: an unknown name, steps < 1, warm-up beyond the end.
     """
     if name not in SCHEDULES:
         raise UserError("unknown schedule", value=name, remedy=f"choose {', '.join(SCHEDULES)}")
@@ -103,10 +104,11 @@ def make_schedule(
         )  # fmt: skip
     if warmup > steps:
         raise UserError("warm-up is longer than the run", value=warmup, remedy=f"at most {steps}")
-    falls = {"constant": 0, "linear": steps - warmup, "cosine": steps - warmup}
+    falls = {"constant": 0} | dict.fromkeys(("linear", "triangle", "cosine"), steps - warmup)
     decay = falls.get(name, round(warmdown_ratio * steps))
     shape = "cosine" if name == "cosine" else "linear"
-    return Schedule(steps=steps, warmup=warmup, decay=decay, shape=shape, final=final)
+    end = steps - 1 if name == "triangle" else steps
+    return Schedule(steps=end, warmup=warmup, decay=decay, shape=shape, final=final)
 
 
 def horizon(

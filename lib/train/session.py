@@ -24,7 +24,7 @@ from lib.core.stage import Run
 from lib.models.base import load_family
 from lib.train import parallel
 from lib.train.final import write_final
-from lib.train.inputs import Data, require_context, take_weights
+from lib.train.inputs import Data, require_context, sized, take_weights
 from lib.train.job import Job, Outcome
 from lib.train.precision import compute_dtype, pick_device
 from lib.train.sinks import HubPush
@@ -77,7 +77,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
 
         yield Job(
             run=run.name,
-            settings=settings,
+            settings=sized(settings, data.store),
             runtime=run.runtime,
             seed=seed,
             model=model,
@@ -142,6 +142,7 @@ def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, An
         "skipped": position.skipped,
         "best": position.best,
         "params": plan.parameters,
+        "notes": job.model.notes(),
         "train_tokens": tokens,
         "train_flops": tokens * plan.flops_per_token,
         "parents": parents_of(identity),

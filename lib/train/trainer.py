@@ -10,7 +10,9 @@ Note:  `step` counts finished updates in logs and names, so batch(step) makes up
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from lib.train.checkpoint import Checkpoints
 from lib.train.job import Batch, Job, Outcome
 from lib.train.observe import Observer
 from lib.train.optim import build_optimizer
-from lib.train.plan import describe, make_plan, refuse_unshardable
+from lib.train.plan import describe, make_plan, refuse_accumulation, refuse_unshardable
 from lib.train.precision import LossScaler, autocast
 from lib.train.state import Position, RunState, stack_of
 
@@ -67,17 +69,32 @@ def train(job: Job) -> Outcome:
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
 
-    def backward(ids: Tensor, step: int) -> Tensor | None:
-        """Gradients of one micro-batch, added; its loss, or None where the family yields none."""
-        batch, total = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=step), None
+    def backward(ids: Tensor) -> Iterator[tuple[Tensor | None, bool]]:
+        """Gradients of one micro-batch, added: (its loss, or None without any; True at its end).
+
+        More than once where the family yields STEP: an update is made before it goes on.
+        """
+        batch, total = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=position.step), None
         losses = iter(model.losses(batch))
         while True:
             with autocast(device, job.dtype):
                 loss = next(losses, None)
+            if isinstance(loss, Tensor):
+                (loss * (scaler.scale / micro_batches)).backward()
+                total = loss.detach() if total is None else total + loss.detach()
+                continue
+            yield total, loss is None
             if loss is None:
-                return total
-            (loss * (scaler.scale / micro_batches)).backward()
-            total = loss.detach() if total is None else total + loss.detach()
+                return
+            refuse_accumulation(micro_batches)
+            total = None
+
+    def updates(arrays: Iterator[Any]) -> Iterator[tuple[int, Any, list[Tensor], bool]]:
+        """(step, micro-batches, their losses, last of its batch) with the gradients in place."""
+        for step, ids in enumerate(arrays, start=position.step):
+            parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
+            for found in zip(*map(backward, parts), strict=True):
+                yield step, parts, [x for x, _ in found if x is not None], found[0][1]
 
     def evaluate(step: int) -> bool:
         """Validate the averaged weights; True when they are the best so far."""
@@ -91,14 +108,17 @@ def train(job: Job) -> Outcome:
         position.best = {"step": step, "bpb": bpb}
         return True
 
+    def sample(step: int) -> None:
+        with state.averaged(), safety.nothing_remembered(model, device), torch.no_grad():
+            observer.sampled(step, job.sample(model.eval()))
+
     def dry_step() -> float:
         """One micro-batch, then forgotten: a lack of memory shows now, not hours later. Seconds."""
         ids = torch.from_numpy(next(rows.prefetch(position.step, position.step + 1, rank, world)))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            loss = backward(ids[:micro_rows].to(device), position.step)
-            if loss is not None:
-                loss.item()  # waits for the device
+            for loss, _ in backward(ids[:micro_rows].to(device)):
+                float(loss or 0)  # waits for the device
         return time.monotonic() - began
 
     with closing(observer):
@@ -115,10 +135,9 @@ def train(job: Job) -> Outcome:
         observer.begin(position.step)
         batches = rows.prefetch(position.step, plan.steps, rank, world)
         with closing(batches) as arrays:  # type: ignore[type-var]  # loaders give generators
-            for step, ids in enumerate(arrays, start=position.step):
+            batch_loss = 0.0
+            for step, parts, seen, is_done in updates(arrays):
                 # ---- gradients of the whole batch
-                parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
-                seen = [loss for part in parts if (loss := backward(part, step)) is not None]
                 parallel.sum_gradients(parameters)
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 norm = parallel.global_norm(gradients).to(device) / scaler.scale
@@ -142,30 +161,27 @@ def train(job: Job) -> Outcome:
                     scaler.went_well()
                 elif seen and not scaler.overflowed():
                     if position.skipped == settings.skip_steps:
-                        micro = safety.find_culprit(
-                            model, parts, lambda ids, s=step: backward(ids, s)
-                        )
+                        micro = safety.find_culprit(model, parts, backward)
                         raise safety.non_finite(
                             done, micro, micro_rows, rows, loss, grad, committed, device
                         )
                     position.skipped += 1
                     job.warn(f"update {done} is left out: loss {loss}, gradient norm {grad}")
                 optimizer.zero_grad()
+                batch_loss += loss
+                if not is_done:
+                    continue
                 position.step = done
                 # ---- log? evaluate? sample? commit? stop asked?
                 if updated:
                     lr = optimizer.groups[0].lr * multipliers.lr
-                    observer.step(done, loss, lr, grad, model)
+                    observer.step(done, batch_loss, lr, grad, model)
+                batch_loss = 0.0
                 is_last = done == plan.steps
                 looks = is_last or (settings.eval_every and done % settings.eval_every == 0)
                 improved = bool(looks) and evaluate(done)
                 if settings.sample_every and done % settings.sample_every == 0:
-                    with (
-                        state.averaged(),
-                        safety.nothing_remembered(model, device),
-                        torch.no_grad(),
-                    ):
-                        observer.sampled(done, job.sample(model.eval()))
+                    sample(done)
                 if runtime.hub and done % runtime.hub.every_steps == 0:
                     job.push(done, state.weights())
                 asked = asked or (world == 1 and job.stop.asked)  # since the numbers were taken

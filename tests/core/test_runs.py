@@ -74,6 +74,23 @@ def test_a_profile_is_laid_over_each_layer_not_over_the_result(root):
     assert (train["mine"].lr, train["mine"].steps) == (0.5, 90)
 
 
+def test_a_twin_starts_from_its_family_s_own_run(root):
+    """Twins are compared at equal tokens: only what their line says may differ."""
+    twin = "  twin: {family: gpt, model: {heads: 4}}\n"
+    change(root, ("steps: 9, warmup: 3}\n", "steps: 9, warmup: 3}\n" + twin))
+    found = load(root).train["twin"]
+    assert (found.lr, found.weight_decay, found.steps) == (3e-4, 0.2, 40)
+    assert (found.model.heads, found.model.depth) == (4, 6)
+    change(root, ("profile: small", "profile: large"))
+    change(root, ("mine: {steps: 90}", "twin: {lr: 0.7, model: {width: 128}}"))
+    found = load(root).train["twin"]
+    assert (found.lr, found.weight_decay, found.steps) == (0.7, 0.0, 40)
+    assert (found.model.heads, found.model.depth, found.model.width) == (4, 8, 128)
+    change(root, ("gpt: {steps: 40,", "gpt: {warmup: 41, steps: 40,"))
+    with pytest.raises(KumikiError, match=r"train\.gpt\.warmup is 41"):
+        load(root)
+
+
 def test_an_override_of_the_command_line_wins(root):
     found = load(root, ["train.gpt.lr=7e-5", "model.gpt.depth=3"]).train["gpt"]
     assert (found.lr, found.model.depth) == (7e-5, 3)

