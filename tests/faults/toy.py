@@ -28,8 +28,8 @@ from lib.models import families
 from tests.conftest import ROOT
 from tests.faults.crash import enumerate_crashes, in_child, tree
 
-CONTEXT = 16
-MODELS = {"gpt": {"depth": 1, "width": 16, "heads": 2, "context": CONTEXT}}
+CONTEXT, LIMIT = 16, 64  # of rows; of models, whose samples are longer
+MODELS = {"gpt": {"depth": 1, "width": 16, "heads": 2, "context": LIMIT}}
 DATA = """
 profile: small
 seed: 7
@@ -70,24 +70,36 @@ STEPS: dict[str, Step] = {
     "spm": Step(("train_tokenizer", "--name", "spm"), ("extract",)),
     "encode": Step(("encode_tokens", "--name", "bpe"), ("bpe",)),
 }
-for _run in families():
+RUNS = {name: name for name in families()}  # run -> family
+for _run in RUNS:
     STEPS[f"train_{_run}"] = Step(("pretrain", "--run", _run), ("encode",))
     STEPS[f"evaluate_{_run}"] = Step(("evaluate", "--run", _run), (f"train_{_run}",))
     STEPS[f"export_{_run}"] = Step(("export", "--run", _run), (f"train_{_run}",))
+SECTIONS: dict[str, dict] = {}  # of params.yaml, beside those in DATA
+if "cvfp" in RUNS:  # embeddings of a trained table, then two phases
+    _rows = ("--embeddings", "data/embeddings.manifest.json")
+    SECTIONS["precompute_embeddings"] = {"source": "checkpoint", "chunk_tokens": 1000}
+    RUNS["phase1_cvfp"] = "cvfp"
+    STEPS["embed"] = Step(("precompute_embeddings",), ("train_gpt",))
+    STEPS["train_phase1_cvfp"] = Step(("pretrain", "--run", "phase1_cvfp", *_rows), ("embed",))
+    _contexts = ("--contexts", "checkpoints/phase1_cvfp/final")
+    _words = ("pretrain", "--run", "cvfp", *_rows, *_contexts)
+    STEPS["train_cvfp"] = Step(_words, ("train_phase1_cvfp",))
 
 
 def params() -> str:
     """params.yaml of the toy project, with every family there is."""
     sizes = {name: MODELS.get(name) or _contract_size(name) for name in families()}
-    runs = {name: TRAIN for name in sizes}
-    return f"{DATA}train: {json.dumps(runs)}\nmodel: {json.dumps(sizes)}\n"
+    runs = {run: TRAIN | {"family": family} for run, family in RUNS.items()}
+    sections = {**SECTIONS, "train": runs, "model": sizes}
+    return DATA + "".join(f"{name}: {json.dumps(value)}\n" for name, value in sections.items())
 
 
 def _contract_size(family: str) -> dict:
     from tests.test_family_contract import TINY
 
     size = dict(TINY.get(family, [{}])[0])
-    return size | ({"context": CONTEXT} if "context" in size else {})
+    return size | ({"context": LIMIT} if "context" in size else {})
 
 
 def write_project(project: Path) -> None:
@@ -150,6 +162,7 @@ def warm(models: bool) -> None:
         torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
         names += ["lib.train.session", "lib.train.trainer", "lib.eval.judge", "lib.export.hf"]
         names += ["lib.export.saved", "lib.export.samples", "safetensors.torch"]
+        names += ["tests.train.test_trainer"]  # what of a log follows the clock
         names += [f"lib.models.{family}" for family in families()]
     for name in names:
         importlib.import_module(name)
