@@ -7,13 +7,25 @@ PYTEST := python -m pytest -q -n auto -m "not gpu and not slow and not faults"
 # make repro TORCH_INDEX=<index> adds a package index, for example one with CPU-only torch wheels.
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: repro test check gate dag setup faults faults-sample clean-state format
+.PHONY: repro test test-interpret test-aot triton check gate dag setup faults faults-sample clean-state format
 
 repro: setup  ## the whole pipeline with the default parameters
 	dvc repro
 
 test: setup  ## all tests that need no accelerator, one process a core
 	$(PYTEST)
+
+test-interpret: triton  ## Triton kernels, interpreted on the CPU (ALL=1: with what takes minutes)
+	TRITON_INTERPRET=1 python -m pytest -q $(if $(ALL),,-m "not slow") \
+	  tests/kernels/test_interpret.py tests/kernels/test_broken.py tests/kernels/test_golden.py
+
+test-aot: triton  ## Triton kernels, compiled for GPUs without one (ALL=1: all targets and tiles)
+	env -u TRITON_INTERPRET KUMIKI_TEST_AOT=1 \
+	  python -m pytest -q $(if $(ALL),,-m "not slow") tests/kernels/test_aot.py
+
+triton: setup
+	@python -c 'from lib.core.kernel_choice import missing; raise SystemExit(bool(missing()))' || \
+	  $(BIN)/python -m pip install --quiet $(PIP_INDEX) -c constraints.txt -e '.[triton]'
 
 check: setup gate  ## what every change passes: lint, types, parameters, DAG, tests
 	ruff check .

@@ -12,6 +12,7 @@ from typing import Any
 
 from lib.core import artifact, ranks, stage
 from lib.core.artifact import Manifest
+from lib.core.kernel_choice import require
 from lib.core.stage import Run, Stage
 
 STAGE = Stage(
@@ -56,6 +57,7 @@ def identity(run: Run) -> dict[str, Any]:
 
 def body(run: Run) -> None:
     """Train, then write the final model and the curves."""
+    require(run.runtime.kernels, f"{STAGE.name} {run.name}")  # before torch is imported
     from lib.train.session import open_job, write_result
     from lib.train.trainer import train
 

@@ -69,6 +69,8 @@ def make_project(folder: Path, *, texts: int = 60, validation: Sequence[str] | N
     manifest = encode(plan, map, lambda line: None)
     assert manifest is not None
     manifest.write(folder / "data/tokens/bpe.manifest.json")
+    shards = Manifest(kind="shards", recipe={"sources": {}}, files=())
+    shards.write(folder / "data/shards.manifest.json")
     files.write_bytes(folder / "params.yaml", PARAMS.encode())
     files.write_bytes(folder / "dvc.yaml", b"stages: {}\n")
     return folder

@@ -172,6 +172,27 @@ def test_a_row_does_not_depend_on_its_batch(name, i):
 
 @every_family
 @torch.no_grad()
+def test_logits_at_marked_positions_are_the_forwards(name, i):
+    """Evaluation asks for few positions, and continues one state several times."""
+    model, tokens = stirred(name, i), ids(2, T)
+    where = torch.zeros(2, T, dtype=torch.bool)
+    where[0, 3] = where[1, 2] = where[1, T - 1] = True
+    whole, _ = model(tokens)
+    found, _ = model.logits_at(tokens, where)
+    assert found.shape == (3, V)
+    assert torch.allclose(found, whole[where], atol=1e-5)
+    none, state = model.logits_at(tokens[:1, :5], torch.zeros(1, 5, dtype=torch.bool))
+    assert none.shape == (0, V)
+    for rows in (1, 2):
+        more = tokens[:1, 5:].expand(rows, -1)
+        again, _ = model.logits_at(more, torch.ones_like(more, dtype=torch.bool),
+                                   model.repeat_state(state, rows))  # fmt: skip
+        assert torch.allclose(again.view(rows, -1, V), whole[:1, 5:].expand(rows, -1, -1),
+                              atol=1e-5)  # fmt: skip
+
+
+@every_family
+@torch.no_grad()
 def test_first_loss_is_near_ln_v_and_follows_the_seed(name, i):
     losses = [sum(make(name, i).losses(batch(4))) for _ in range(2)]
     assert float(losses[0]) == float(losses[1])

@@ -10,6 +10,7 @@ import pytest
 
 from lib.core import params
 from lib.core.data_settings import (
+    ArchiveSource,
     BpeTokenizer,
     EmbeddedSource,
     FilesSource,
@@ -47,9 +48,8 @@ def test_every_profile_loads_and_is_laid_over_the_base(profile):
     settings = resolved(profile)
     assert settings.profile == profile
     used = {s for r in settings.extract_texts.recipes.values() for s in r.sources}
-    texts = {
-        n for n, s in settings.download_shards.sources.items() if not isinstance(s, FilesSource)
-    }
+    other = FilesSource | ArchiveSource  # tokenizers and evaluation tasks
+    texts = {n for n, s in settings.download_shards.sources.items() if not isinstance(s, other)}
     assert used == texts  # nothing is fetched that no recipe reads
 
 
@@ -92,6 +92,9 @@ def test_the_published_figures_stand_in_their_profiles():
     assert isinstance(web, ParquetSource)
     assert (web.shards, web.count, web.val_name) == (240, 1823, "shard_01822.parquet")
     assert d20.train_tokenizer["bpe"].vocab_size == 65_536
+    bundle = d20.download_shards.sources[d20.eval.core.bundle or ""]
+    assert isinstance(bundle, ArchiveSource) and bundle.url is not None
+    assert (d20.eval.core.max_per_task, small.eval.core.bundle) == (0, None)
     assert (d20.encode_tokens["bpe"].context, d20.encode_tokens["bpe"].crop) == (2048, "drop")
 
     for profile, context, train, val in (

@@ -5,9 +5,11 @@ Names, meanings, units and defaults stand here only; lib.core.settings holds the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lib.core.kernel_choice import CHOICES, OPERATORS
 from lib.core.refusal import refuse
 
 # ---------------------------------------------------------------- train, runs, families
@@ -145,6 +147,9 @@ class Runtime:
     compile: bool = False  # torch.compile of what the family names
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory
     attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
+    # auto: a Triton kernel where it runs and passes its self-test, else the PyTorch reference; or
+    # by operator with a `default`. KUMIKI_KERNELS=reference in the environment wins.
+    kernels: Literal["auto", "triton", "reference"] | Mapping[str, str] = "auto"
     deterministic: bool = False  # GPU: slower kernels whose sums have one order (the CPU's always)
     shard: Literal["none", "optimizer", "fsdp"] = "none"  # what ranks hold a part of
     log_every: int = 10  # steps
@@ -157,7 +162,14 @@ class Runtime:
 
     def __post_init__(self) -> None:
         rows = self.device_batch_size
+        kernels = self.kernels if isinstance(self.kernels, Mapping) else {}
+        choices, known = ", ".join(CHOICES), ("default", *OPERATORS)
         refuse(
+            *((n not in known, f"kernels.{n}", n, f"choose {', '.join(known)}") for n in kernels),
+            *(
+                (x not in CHOICES, f"kernels.{n}", x, f"choose {choices}")
+                for n, x in kernels.items()
+            ),
             (isinstance(rows, int) and rows < 1, "device_batch_size", rows, "use 1 or more"),
             (self.log_every < 1, "log_every", self.log_every, "use 1 or more"),
             (

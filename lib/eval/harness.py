@@ -189,7 +189,9 @@ def _document(task: Task, rows: Sequence[Row], i: int) -> dict[str, Any]:
     if task.kind == "schema":
         choices = [head + context for context in row.contexts]
         return {"text": row.continuations[0], "choices": choices, "gold": row.gold}
-    return {"text": head + row.contexts[0].strip(), "target": row.continuations[0]}
+    # this form of request knows no delimiter
+    target = task.delimiter + row.continuations[0]
+    return {"text": head + row.contexts[0].strip(), "target": target}
 
 
 def run_harness(subject: Subject, folder: Path, names: Sequence[str], limit: int | None) -> Any:

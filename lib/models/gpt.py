@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
+from lib.kernels.relu2_mlp import relu2_mlp
 from lib.models.base import Batch, Defaults, Family, Group, Optim
 from lib.nn.attention import causal_attention, choose_engine
 from lib.nn.linear import Linear, Table, require_fp8
@@ -294,7 +295,10 @@ class Block(nn.Module):
         """x (B, n, d) -> the same, and k, v; context: the other arguments of Attention."""
         out, k, v = self.attn(rms_norm(x), *context)
         x = x + out
-        return x + self.down(F.relu(self.up(rms_norm(x))).square()), k, v
+        h = rms_norm(x)
+        if self.up.fp8 or self.down.fp8:
+            return x + self.down(F.relu(self.up(h)).square()), k, v
+        return x + relu2_mlp(h, self.up.weight, self.down.weight), k, v
 
 
 class Model(Family):

@@ -26,10 +26,10 @@ from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models.base import STEP, Batch, Defaults, Family, Group, Optim
-from lib.nn.attention import causal_attention
+from lib.nn.blocks import Past, PostNorm, PreNorm
 from lib.nn.linear import Table
 from lib.nn.norm import rms_norm
-from lib.nn.rope import Tables, rope_tables, rotate
+from lib.nn.rope import Tables, rope_tables
 
 ROPE_THETA = 10_000.0
 Q_WEIGHT, Q_BIAS = 0.5, -5.0  # share of the q-head's loss; it begins by not halting
@@ -200,80 +200,6 @@ def training_flops(config: Config, T: int, V: int) -> int:
     return body + heads + 2 * (body * config.gradients // config.applications + heads)
 
 
-# ---------------------------------------------------------------- blocks
-
-
-class Past(NamedTuple):
-    """What one block application meets: K/V (B, H, m, D) of earlier positions, and stand-ins.
-
-    Where `halted` (B, n) is set, this call's own K/V are those of the last step that was computed.
-    """
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    halted: Tensor | None = None
-    own: tuple[Tensor, Tensor] | None = None
-
-
-class Attention(nn.Module):
-    """Causal softmax attention; with rotary tables also QK-norm (no biases), else biases."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        d, bias = config.width, config.block == "post_ln"
-        self.heads, self.scale = config.heads, (d // config.heads) ** -0.5
-        self.qkv, self.o = nn.Linear(d, 3 * d, bias=bias), nn.Linear(d, d, bias=bias)
-
-    def forward(self, u: Tensor, rope: Tables | None, past: Past) -> tuple[Tensor, Tensor, Tensor]:
-        """u (B, n, d) -> the same, and k, v (B, H, m + n, D) of all positions so far."""
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if rope is not None:
-            q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k, rope))
-        if past.halted is not None and past.own is not None:
-            stays = past.halted[:, None, :, None]
-            k, v = torch.where(stays, past.own[0], k), torch.where(stays, past.own[1], v)
-        if past.keys is not None and past.values is not None:
-            k, v = torch.cat((past.keys, k), dim=2), torch.cat((past.values, v), dim=2)
-        out = causal_attention(q, k, v, window=None, scale=self.scale)
-        return self.o(out.transpose(1, 2).flatten(2)), k, v
-
-
-class PreNorm(nn.Module):
-    """u + attention(norm u), then u + SwiGLU(norm u); norms without gain, no biases."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.attn = Attention(config)
-        self.up = nn.Linear(config.width, 2 * config.inner, bias=False)  # gate, value
-        self.down = nn.Linear(config.inner, config.width, bias=False)
-
-    def forward(self, u: Tensor, rope: Tables | None, past: Past) -> tuple[Tensor, Tensor, Tensor]:
-        """u (B, n, d) -> the same, and all k, v."""
-        out, k, v = self.attn(rms_norm(u), rope, past)
-        u = u + F.dropout(out, self.dropout, self.training)
-        gate, value = self.up(rms_norm(u)).chunk(2, dim=-1)
-        return u + F.dropout(self.down(F.silu(gate) * value), self.dropout, self.training), k, v
-
-
-class PostNorm(nn.Module):
-    """LN(u + attention(u)), then LN(h + W2 gelu(W1 h)), as in 2017; gelu by erf, biases."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        d, self.dropout = config.width, config.dropout
-        self.attn = Attention(config)
-        self.up, self.down = nn.Linear(d, config.inner), nn.Linear(config.inner, d)
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-
-    def forward(self, u: Tensor, rope: Tables | None, past: Past) -> tuple[Tensor, Tensor, Tensor]:
-        """u (B, n, d) -> the same, and all k, v."""
-        out, k, v = self.attn(u, rope, past)
-        u = self.norm1(u + F.dropout(out, self.dropout, self.training))
-        out = self.down(F.gelu(self.up(u)))
-        return self.norm2(u + F.dropout(out, self.dropout, self.training)), k, v
-
-
 # ---------------------------------------------------------------- state
 
 
@@ -347,7 +273,8 @@ class Model(Family):
         self.table = Table(vocab_size, d)
         self.positions = Table(config.context, d) if post else None
         kind = PostNorm if post else PreNorm
-        self.blocks = nn.ModuleList(kind(config) for _ in range(config.blocks))
+        sizes = (d, config.heads, config.inner, config.dropout)
+        self.blocks = nn.ModuleList(kind(*sizes) for _ in range(config.blocks))
         self.head = None if config.tied else nn.Linear(d, vocab_size, bias=False)
         recursive = config.variant == "trm"
         if recursive and config.join == "concat":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib import kernels
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
 from lib.core.params import typed
@@ -30,8 +31,8 @@ from lib.train.precision import compute_dtype, pick_device
 from lib.train.sinks import HubPush
 
 
-def prepare(runtime: Runtime) -> torch.device:
-    """Threads, determinism and the device of this rank."""
+def prepare(runtime: Runtime, run: str) -> torch.device:
+    """Threads, determinism, kernels and the device of this rank."""
     torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
@@ -39,6 +40,7 @@ def prepare(runtime: Runtime) -> torch.device:
     device = pick_device(runtime.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what collective calls and generators look at
+    kernels.configure(runtime.kernels, run, device)
     return device
 
 
@@ -46,7 +48,7 @@ def prepare(runtime: Runtime) -> torch.device:
 def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job]:
     """The job of one run; within the block this rank has joined the others."""
     settings, seed = run.settings.train[run.name], run.settings.seed
-    device = prepare(run.runtime)
+    device = prepare(run.runtime, run.name)
     dtype = compute_dtype(settings.precision, device)
     parallel.start(device)
     push = HubPush(run.runtime.hub, run.warn) if run.runtime.hub and ranks.rank() == 0 else None

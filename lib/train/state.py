@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib import kernels
 from lib.core import files, ranks
 from lib.core.errors import InputError
 from lib.core.rng import seed_global
@@ -51,6 +52,7 @@ def stack_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "dtype": str(dtype),
         "ranks": str(ranks.world_size()),
+        "kernels": kernels.stack(device),
     }
 
 
@@ -99,6 +101,7 @@ class RunState:
                 "scaler": self.scaler.state(),
                 "logs": observer.position(),
                 "stack": dict(self.stack),
+                "kernels": kernels.summary(),
                 "attached": self.model.describe(),
                 **self.extra,
             }

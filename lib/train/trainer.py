@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib import kernels
 from lib.core import ranks
 from lib.core.errors import Interrupted
 from lib.nn.ema import Ema
@@ -173,6 +174,8 @@ def train(job: Job) -> Outcome:
                     continue
                 position.step = done
                 # ---- log? evaluate? sample? commit? stop asked?
+                if said := kernels.news():
+                    job.log(said)
                 if updated:
                     lr = optimizer.groups[0].lr * multipliers.lr
                     observer.step(done, batch_loss, lr, grad, model)

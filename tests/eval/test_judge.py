@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,10 @@ import pytest
 
 from lib.data.documents import read_documents, val_sha256
 from lib.data.tokenizer import load_tokenizer
-from lib.eval import judge
+from lib.eval import core, judge
 from lib.export.samples import PROMPTS, language_of
+from tests.conftest import ROOT
+from tests.eval.test_cloze import documents
 from tests.project import add_model, make_project, run_module
 
 KEYS = ["bpb", "cloze", "core", "core_partial", "core_v2"]
@@ -88,6 +93,141 @@ def test_again_does_nothing_and_anew_gives_the_same_bytes(project):
     anew = run_module(project, "stages.evaluate", "--run", "gpt")
     assert anew.returncode == 0, anew.stderr.decode()
     assert {name: (project / "metrics/gpt" / name).read_bytes() for name in names} == before
+
+
+def test_too_little_text_gives_no_cloze_and_says_so(project):
+    record = read(project, "eval_record.json")
+    assert record["cloze"]["cloze"] is None and "fewer than 50" in record["cloze"]["reason"]
+    assert list((project / "metrics/gpt/examples").iterdir()) == []
+    loss = math.fsum(record["document_nats"]) / record["tokens"]
+    assert math.log(record["perplexity"]) == pytest.approx(loss)
+
+
+def test_speed_is_told_beside_the_receipt_and_nowhere_else(project):
+    (path,) = (project / "data/work").glob("*/*/speed.json")
+    speed = json.loads(path.read_text())
+    assert speed["prefill_tokens_per_s"] > 0 and speed["decode_tokens_per_s"] > 0
+    assert set(speed["seconds"]) == {"bpb", "cloze", "core", "samples"}
+
+
+# ---------------------------------------------------------------- cloze and CORE in the stage
+
+BUNDLE = """icl_tasks:
+- label: copa
+  dataset_uri: a/copa.jsonl
+  num_fewshot: [1]
+  icl_task_type: multiple_choice
+- label: squad
+  dataset_uri: a/squad.jsonl
+  num_fewshot: [0]
+  icl_task_type: language_modeling
+- label: coqa
+  dataset_uri: a/coqa.jsonl
+  num_fewshot: [0]
+  icl_task_type: language_modeling
+"""
+BASELINES = "Eval Task,Random baseline\ncopa,50\nsquad,0\ncoqa,0\n"
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory) -> Path:
+    """A project with enough validation text for cloze, and a bundle of two of three tasks."""
+    texts = [text for _, text in documents(90)]
+    folder = make_project(tmp_path_factory.mktemp("examined"), validation=texts)
+    add_model(folder)
+    data = folder / "bundle/eval_data/a"
+    data.mkdir(parents=True)
+    (folder / "bundle/core.yaml").write_text(BUNDLE)
+    (folder / "bundle/eval_meta_data.csv").write_text(BASELINES)
+    choices = [{"query": f"one {n}", "choices": ["yes", "no"], "gold": n % 2} for n in range(8)]
+    said = [{"context": f"two {n}", "continuation": "yes"} for n in range(5)]
+    for name, rows in (("copa", choices), ("squad", said)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluate(project: Path, *sets: str):
+    given = [word for one in sets for word in ("--set", one)]
+    return run_module(project, "stages.evaluate", "--run", "gpt", *given)
+
+
+def test_cloze_and_core_partial_stand_in_the_metrics(examined):
+    done = evaluate(examined, "eval.core.bundle=bundle", "eval.samples=false")
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    said = done.stderr.decode()
+    assert "left out: coqa" in said and "core_partial" in said and "not CORE" in said
+    metrics, record = read(examined, "eval.json"), read(examined, "eval_record.json")
+    assert list(metrics) == KEYS
+    assert metrics["core"] is None and metrics["core_v2"] is None
+    copa, squad = (task["accuracy"] for task in record["core"]["tasks"])
+    assert metrics["core_partial"] == pytest.approx(((copa - 0.5) / 0.5 + squad) / 2)
+    assert record["core"]["missing"] == ["coqa"]
+    names = sorted(path.name for path in (examined / "metrics/gpt/examples").iterdir())
+    kinds = ("cloze_continuation", "cloze_last_word", "cloze_order", "copa", "squad")
+    assert names == [f"{kind}.jsonl.zst" for kind in kinds]
+    assert metrics["cloze"] == pytest.approx(record["cloze"]["cloze"], rel=1e-9)
+    tables = {t["label"]: t for t in record["cloze"]["tasks"] + record["core"]["tasks"]}
+    for name, records in core.each_file(examined / "metrics/gpt/examples"):
+        right = sum(one["correct"] for one in records)
+        assert tables[name]["accuracy"] == right / len(records)
+
+
+KILL = """
+import os, signal, sys
+from lib.eval import core
+real, count = core.write_records, [0]
+def write(path, records):
+    count[0] += 1
+    if count[0] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, records)
+core.write_records = write
+from lib.core import stage
+from stages import evaluate as e
+sys.exit(stage.main(e.STAGE, e.body, e.identity, modules=e.modules))
+"""
+
+
+def test_again_after_a_kill_the_bytes_are_the_same(examined):
+    """Killed while the second task's records are written: the first task keeps its file."""
+    sets, whole = ("eval.core.bundle=bundle", "eval.samples=false"), published(examined)
+    shutil.rmtree(examined / "data/work")
+    words = ["--run", "gpt", *(word for one in sets for word in ("--set", one))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shot = subprocess.run(
+        [sys.executable, "-c", KILL, *words], cwd=examined, env=environment, capture_output=True
+    )
+    assert shot.returncode == -9, shot.stderr.decode()
+    (first,) = (examined / "data/work").glob("*/*/units/cloze_*.jsonl.zst")
+    assert first.name.startswith("cloze_continuation_")
+    done = evaluate(examined, *sets)
+    assert done.returncode == 0 and published(examined) == whole
+
+
+def published(project: Path) -> dict[str, bytes]:
+    folder = project / "metrics/gpt"
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def test_a_missing_bundle_is_a_line_or_an_error(examined):
+    done = evaluate(examined, "eval.core.bundle=nowhere", "eval.core.enabled=true")
+    assert done.returncode == 2
+    assert b"no task bundle: nowhere; name a folder with core.yaml, or a source" in done.stderr
+    sets = ("eval.core.bundle=nowhere", "eval.cloze.items=0", "eval.samples=false")
+    done = evaluate(examined, *sets)
+    assert done.returncode == 0 and b"core: null, no task bundle (nowhere)" in done.stderr
+    assert read(examined, "eval.json")["core_partial"] is None
+
+
+def test_a_damaged_bundle_stops_with_file_and_line(examined, tmp_path):
+    shutil.copytree(examined / "bundle", tmp_path / "bundle")
+    path = tmp_path / "bundle/eval_data/a/copa.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"query": "x", "choices": ["a"], "gold": 0}\n')
+    sets = (f"eval.core.bundle={tmp_path}/bundle", "eval.cloze.items=0", "eval.samples=false")
+    done = evaluate(examined, *sets)
+    assert done.returncode == 3 and b"copa.jsonl: line 9" in done.stderr
 
 
 def test_changed_text_is_refused_with_both_hashes(project, tmp_path):

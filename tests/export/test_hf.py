@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lib.core.errors import InputError, UserError
 from lib.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, write_tokenizer
 from lib.export import hf
 from lib.export.generate import Sampling, generate
-from lib.models import gpt
+from lib.models import gpt, trm
 from lib.models.base import build
 
 pytest.importorskip("transformers", reason="exports are opened with transformers")
@@ -155,6 +156,22 @@ def test_a_strange_process_opens_it_without_this_project(tokenizer_folder, tmp_p
     with torch.no_grad():
         wanted = what.model(torch.tensor([ids]))[0][0, -1]
     assert torch.allclose(torch.tensor(logits), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_recursion_opens_there_with_its_drawn_vectors(tokenizer_folder, tmp_path):
+    """y0 and z0 are buffers that lie in the weights file: filled anew they would be others."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    config = trm.Config(width=32, heads=4, context=64)
+    model = build(trm, config, tokenizer.vocab_size, seed=3).eval()
+    what = replace(
+        exportable(tokenizer_folder), family="trm", config=config, model=model, boundary="both"
+    )
+    assert hf.export(what, tmp_path).startswith("auto_map")
+    theirs = opened(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(theirs(TOKENS).logits, ours(what))
+    card = (tmp_path / "README.md").read_text()
+    assert "trust_remote_code" in card and "no GGUF form" in card
 
 
 def test_native_is_refused_by_the_name_of_the_switch(tokenizer_folder, tmp_path):

@@ -14,9 +14,13 @@ import torch
 
 from lib.core.errors import EnvError, InputError, Interrupted, UserError
 from lib.core.run_settings import Hub
+from lib.models.base import STEP, Optim
 from lib.train import precision, trainer
 from lib.train.checkpoint import read_tensors
+from lib.train.job import Batch
+from lib.train.optim import build_optimizer
 from lib.train.precision import LossScaler, compute_dtype
+from lib.train.schedule import make_schedule
 from tests.faults.crash import in_child, tree
 from tests.train.tiny import BASE, RUNTIME, Bigram, Rows, Stop, make_job, make_model, train
 
@@ -402,6 +406,54 @@ def test_several_losses_add_up(tmp_path):
     run(tmp_path / "whole", model=make_model(dropout=0.0))
     found, wanted = losses_of(tmp_path / "halves"), losses_of(tmp_path / "whole")
     assert found == pytest.approx(wanted, rel=1e-6)
+
+
+class Twice(Bigram):
+    """Two losses, each with an update of its own."""
+
+    def losses(self, batch):
+        for weight in (0.25, 0.75):
+            yield weight * self.token_losses(batch.tokens, batch.targets).mean()
+            if weight < 0.5:
+                yield STEP
+
+
+def twice(**changes) -> Twice:
+    model = Twice(**changes)
+    model.init_weights(0)
+    return model
+
+
+def test_updates_within_a_batch_are_the_ordinary_ones_and_resume_exactly(tmp_path):
+    """A batch is logged and committed once, by the sum of its losses; the optimizer moves twice."""
+    runtime = replace(RUNTIME, device_batch_size=4)
+    whole = train(make_job(tmp_path / "a", model=twice(), runtime=runtime))
+    with pytest.raises(Interrupted):
+        train(make_job(tmp_path / "b", model=twice(), runtime=runtime, stop=Stop(at=4)))
+    again = train(make_job(tmp_path / "b", model=twice(), runtime=runtime))
+    assert all(torch.equal(again.weights[n], whole.weights[n]) for n in whole.weights)
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    (newest,) = (tmp_path / "a").glob(f"step_{BASE.steps}")
+    assert read_tensors(newest / "optimizer.safetensors")["head.weight.step"] == 2 * BASE.steps
+    plain = replace(BASE, ema_decay=0.0, eval_every=0, grad_clip=0.0)
+    looped, by_hand = twice(dropout=0.0), twice(dropout=0.0)
+    train(make_job(tmp_path / "c", plain, model=looped, runtime=runtime))
+    optimizer = build_optimizer(by_hand.param_groups(Optim(lr=BASE.lr, betas=(0.9, 0.95))))
+    schedule = make_schedule("cosine", BASE.steps, warmup=BASE.warmup)
+    for step, ids in enumerate(Rows().prefetch(0, BASE.steps)):
+        rows = torch.from_numpy(ids)
+        for loss in by_hand.losses(Batch(tokens=rows[:, :-1], targets=rows[:, 1:], step=step)):
+            if loss is not STEP:
+                loss.backward()
+                optimizer.step(schedule.at(step))
+                optimizer.zero_grad()
+    assert torch.equal(looped.head.weight, by_hand.head.weight)
+
+
+def test_updates_within_a_batch_need_it_in_one_piece(tmp_path):
+    with pytest.raises(UserError, match=r"supervision_update is step.*device_batch_size") as error:
+        train(make_job(tmp_path, model=twice()))
+    assert error.value.code == 2
 
 
 def test_a_family_may_ask_for_a_checkpoint_and_keeps_its_own_files(tmp_path):

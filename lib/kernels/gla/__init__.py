@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib.kernels import decide
 from lib.kernels.gla.reference import backward, forward
+
+WIDTHS = (16, 32, 64, 128)  # of keys and values, that the kernels have tiles for
 
 
 def gla(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,6 +23,10 @@ def gla(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, s0: Tensor) -> tuple[Ten
         named = (("q", q), ("k", k), ("v", v), ("log_a", log_a), ("s0", s0))
         raise ValueError("do not fit: " + ", ".join(f"{n} {tuple(x.shape)}" for n, x in named))
     with torch.autocast(q.device.type, enabled=False):
+        widths = {Dk, v.shape[3]}
+        limit = "" if widths <= set(WIDTHS) else f"widths {Dk} and {v.shape[3]}"
+        if decide("gla", q.device, q.dtype, limit, Dk):
+            return torch.ops.kumiki.gla(q, k, v, log_a, s0)[:2]
         return _Gla.apply(q, k, v, log_a, s0)  # type: ignore[return-value]  # apply is untyped
 
 

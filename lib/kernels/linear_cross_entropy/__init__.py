@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lib.kernels import decide, load
 from lib.kernels.linear_cross_entropy.reference import chunk_rows, sweep
 
 Reduction = Literal["mean", "sum", "none"]
@@ -73,9 +74,11 @@ def _forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses times scale (None: 1, without gradients), and the gradients of their sum."""
+    kernel = decide("linear_cross_entropy", h.device, h.dtype)
+    compute = load("linear_cross_entropy").sweep if kernel else sweep
     with torch.autocast(h.device.type, enabled=False):
         sizes = {"vocab_size": vocab_size, "softcap": softcap, "chunk": chunk}
-        losses, dh, dw = sweep(h, weight, targets, scale, **sizes)
+        losses, dh, dw = compute(h, weight, targets, scale, **sizes)
     return losses if scale is None else losses * scale, dh, dw
 
 

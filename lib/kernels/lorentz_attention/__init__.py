@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib.kernels import decide
 from lib.kernels.lorentz_attention.reference import backward, forward
+
+WIDTHS = (16, 32, 64, 128)  # of heads, that the kernel has tiles for
 
 
 def lorentz_attention(
@@ -22,6 +25,8 @@ def lorentz_attention(
     """
     _check(q, k, v, c, beta, window)
     with torch.autocast(q.device.type, enabled=False):
+        if decide("lorentz_attention", q.device, q.dtype, _limit(q, k, v, c), q.shape[3]):
+            return torch.ops.kumiki.lorentz_attention(q, k, v, c, beta, window)[0]
         return _Attention.apply(q, k, v, c, beta, window)  # type: ignore[return-value]  # untyped
 
 
@@ -36,6 +41,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, beta: Tensor, wind
             raise ValueError(f"{name} {tuple(x.shape)} must be one number a head: {shapes}")
     if window < 1:
         raise ValueError(f"window {window} must be 1 or more")
+
+
+def _limit(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None) -> str:
+    """Why the kernel cannot take these shapes."""
+    if c is None:
+        return "no curvature"
+    if q.shape[3] not in WIDTHS or v.shape[3] != q.shape[3]:
+        return f"head width {q.shape[3]}"
+    return "" if q.shape == k.shape else "continues a row"
 
 
 class _Attention(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib.kernels import decide
 from lib.kernels.scan.reference import backward, forward
 
 
@@ -18,6 +19,10 @@ def scan(log_a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"need (B, T, r) twice and (B, r): {shapes}")
     if b.shape[1] < 1:
         raise ValueError(f"b {tuple(b.shape)} has no step")
+    limit = "" if log_a.dtype == b.dtype == h0.dtype else "mixed dtypes"
+    if decide("scan", b.device, b.dtype, limit):
+        h = torch.ops.kumiki.scan(log_a, b, h0)
+        return h, h[:, -1]
     h = _Scan.apply(log_a, b, h0)
     return h, h[:, -1]  # type: ignore[index,return-value]  # apply is untyped
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib.kernels import decide
 from lib.kernels.tt_gather.reference import backward, forward
+
+MAX_SIDE = 128  # of rank, d1 and d2: tiles hold them whole
 
 
 def tt_gather(cell: Tensor, C1: Tensor, C2: Tensor, width: int) -> Tensor:
@@ -18,8 +21,17 @@ def tt_gather(cell: Tensor, C1: Tensor, C2: Tensor, width: int) -> Tensor:
     if not 1 <= width <= C1.shape[2] * C2.shape[2]:
         raise ValueError(f"width {width} does not fit {tuple(C1.shape)}, {tuple(C2.shape)}")
     with torch.autocast(C1.device.type, enabled=False):
-        out = _Gather.apply(cell.reshape(-1), C1, C2, width)
+        if decide("tt_gather", C1.device, C1.dtype, _limit(C1, C2)):
+            out = torch.ops.kumiki.tt_gather(cell.reshape(-1), C1, C2, width)
+        else:
+            out = _Gather.apply(cell.reshape(-1), C1, C2, width)
     return out.view(*cell.shape, width)  # type: ignore[union-attr]  # apply is untyped
+
+
+def _limit(C1: Tensor, C2: Tensor) -> str:
+    """Why the kernel cannot take these cores."""
+    sides = (*C1.shape[1:], C2.shape[2])
+    return "" if max(sides) <= MAX_SIDE and C1.dtype == C2.dtype else f"cores {sides}"
 
 
 class _Gather(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lib.kernels import decide, load
 from lib.kernels.tt_linear_cross_entropy.reference import (
     Head,
     first_indices,
@@ -19,6 +20,7 @@ from lib.kernels.tt_linear_cross_entropy.reference import (
     whole,
 )
 
+NAME = "tt_linear_cross_entropy"
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -76,15 +78,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, C1, C2, targets, cells, scale, vocab_size, softcap, block):
+        engine = load(NAME) if decide(NAME, h.device, h.dtype) else None
         head = Head(C1, C2, cells, vocab_size, h.shape[1])
-        ctx.sizes = vocab_size, softcap, block
+        ctx.engine, ctx.sizes = engine, (vocab_size, softcap, block)
         ctx.whole = scale is not None and block >= len(C1)
         if ctx.whole:
             needed = scale if any(ctx.needs_input_grad[:3]) else None
-            each, *grads = whole(h, head, targets, needed, softcap=softcap)
+            compute = engine.whole if engine else whole
+            each, *grads = compute(h, head, targets, needed, softcap=softcap)
             ctx.save_for_backward(*grads)
         else:
-            each, lse = losses(h, head, targets, softcap=softcap, block=block)
+            compute = engine.losses if engine else losses
+            each, lse = compute(h, head, targets, softcap=softcap, block=block)
             ctx.save_for_backward(h, C1, C2, targets, cells, scale, lse)
         return each if scale is None else each * scale
 
@@ -97,5 +102,6 @@ class _Loss(torch.autograd.Function):
             vocab_size, softcap, block = ctx.sizes
             head = Head(C1, C2, cells, vocab_size, h.shape[1])
             upstream = upstream if scale is None else upstream * scale
-            grads = gradients(h, head, targets, lse, upstream, softcap=softcap, block=block)
+            compute = ctx.engine.gradients if ctx.engine else gradients
+            grads = compute(h, head, targets, lse, upstream, softcap=softcap, block=block)
         return *grads, None, None, None, None, None, None

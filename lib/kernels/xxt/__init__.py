@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from lib.kernels import decide
 from lib.kernels.xxt.reference import xxt as _reference
+
+MIN_ROWS = 512  # below, the library's product is one wave of tiles anyway
 
 
 def xxt(X: Tensor, alpha: float = 1.0, beta: float = 0.0, A: Tensor | None = None) -> Tensor:
@@ -14,4 +18,7 @@ def xxt(X: Tensor, alpha: float = 1.0, beta: float = 0.0, A: Tensor | None = Non
         raise ValueError(f"X {tuple(X.shape)} must be wide")
     if A is not None and A.shape != (b, n, n):
         raise ValueError(f"A {tuple(A.shape)} must be square, X is {tuple(X.shape)}")
+    limit = f"fewer than {MIN_ROWS} rows" if n < MIN_ROWS and X.is_cuda else ""
+    if decide("xxt", X.device, X.dtype, limit):
+        return torch.ops.kumiki.xxt(X, alpha, beta, A)
     return _reference(X, alpha, beta, A)

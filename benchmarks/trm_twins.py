@@ -1,0 +1,185 @@
+"""TRM and its twins on one text, over seeds and rates: python -m benchmarks.trm_twins --out FILE.
+
+In:    token files (`--tokens`, `--tokenizer`), sizes. Each run is trained by lib.train's loop on
+       the same rows and scored as `evaluate` scores, on the first `--val-bytes` of validation text.
+Out:   a JSON line for each run; the table comes from the file, so a killed command goes on.
+Runs:  trm, plain_params (equal parameters and tokens), plain_flops and looped (equal training
+       FLOPs); plain models of 1, 2, 3, 4, 6, 8 blocks with `--ladder` give the effective depth:
+       phi = ln(b_eff / k) / ln(A / k), b_eff the blocks of a plain model of equal bits per byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from lib.core.run_settings import Runtime, Train
+from lib.eval.depth import ExitScorer, exit_bpb
+from lib.eval.scorer import Rules
+from lib.models import trm
+from lib.models.base import build
+from lib.models.trm import Config, inference_flops
+from lib.train import trainer
+from lib.train.inputs import Data
+from lib.train.job import Job
+
+TWINS: dict[str, dict[str, Any]] = {
+    "trm": {},
+    "plain_params": {"variant": "plain", "match": "trm", "equal": "params"},
+    "plain_flops": {"variant": "plain", "match": "trm"},
+    "looped": {"variant": "looped", "match": "trm"},
+}
+LADDER = (1, 2, 3, 4, 6, 8)
+
+
+def main() -> None:
+    """Train what is missing in the file, then print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trm_twins")
+    parser.add_argument("--out", required=True, help="JSON lines, continued")
+    parser.add_argument("--tokens", default="data/tokens/spm.manifest.json")
+    parser.add_argument("--tokenizer", default="data/tokenizers/spm")
+    parser.add_argument("--model", default="{}", help="JSON: fields of the Config of the recursion")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--lr", type=float, nargs="+", default=[2e-3], help="a grid: all are shown")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--runs", nargs="+", default=list(TWINS))
+    parser.add_argument("--ladder", action="store_true", help="also the plain models by depth")
+    parser.add_argument("--val-bytes", type=int, default=100_000)
+    parser.add_argument("--table", action="store_true", help="no training")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    out = Path(arguments.out)
+    if not arguments.table:
+        data = Data.open(Path(arguments.tokens), Path(arguments.tokenizer), 1234, full=False)
+        for seed in arguments.seeds:
+            for name, config in configs(arguments, data.store.context).items():
+                for lr in arguments.lr:
+                    if (name, lr, seed) not in {(r["run"], r["lr"], r["seed"]) for r in read(out)}:
+                        record = train_one(name, config, lr, seed, data, arguments)
+                        with out.open("a") as file:
+                            file.write(json.dumps(record) + "\n")
+    tell(read(out))
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The runs that are there."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+
+
+def configs(arguments: argparse.Namespace, context: int) -> dict[str, Config]:
+    """Name -> network of each run."""
+    recursion = Config(**{"context": context, **json.loads(arguments.model)})
+    found = {name: replace(recursion, **TWINS[name]) for name in arguments.runs}
+    if arguments.ladder:
+        alien = dict.fromkeys(("latent_steps", "deep_steps", "supervision_steps"))
+        plain = replace(recursion, variant="plain", halt="off", **alien)
+        found |= {f"plain_{k}": replace(plain, depth=k) for k in LADDER}
+    return found
+
+
+def train_one(
+    name: str, config: Config, lr: float, seed: int, data: Data, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One run from its first weights to its score; its rows do not depend on the seed."""
+    device, context = torch.device("cpu"), data.store.context
+    settings = Train(
+        steps=arguments.steps, batch_tokens=arguments.batch_tokens, lr=lr, ema_decay=0.99,
+        ema_ramp=True, warmup=arguments.steps // 10, schedule="linear", grad_clip=1.0,
+        eval_every=0, eval_bytes=1,
+    )  # fmt: skip
+    model = build(trm, config, data.store.vocab_size, seed=seed)
+    began = time.process_time()
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as work:
+        job = Job(
+            run=name, settings=settings, runtime=Runtime(device="cpu", threads=1, log_every=50),
+            seed=seed, model=model, rows=data.rows, context=context, device=device,
+            dtype=torch.float32, work=Path(work), identity={}, log=print, warn=print,
+            stop=cast(Any, SimpleNamespace(asked=False)),
+        )  # fmt: skip
+        outcome = trainer.train(job)
+    seconds = time.process_time() - began
+    best = build(trm, config, data.store.vocab_size, weights=outcome.weights).eval()
+    rules = Rules.of(data.tokenizer, data.store.boundary, context)
+    scorer = ExitScorer(model=best, rules=rules, token_bytes=data.tokenizer.token_bytes)
+    taken, size = [], 0
+    for document in data.documents:
+        if size < arguments.val_bytes:
+            taken.append(document)
+            size += len(document[1].encode())
+    exits = exit_bpb(scorer, taken, data.tokenizer)
+    tables = model.table.weight.numel()
+    plan = outcome.plan
+    record = {
+        "run": name, "lr": lr, "seed": seed, "bpb": exits[best.trained_depth - 1], "exits": exits,
+        "val_bytes": size, "params": plan.parameters - tables, "tables": tables,
+        "tokens": plan.steps * plan.batch_tokens,
+        "train_flops": plan.steps * plan.batch_tokens * plan.flops_per_token,
+        "inference_flops": inference_flops(config, context, data.store.vocab_size),
+        "applications": config.applications, "blocks": config.blocks,
+        "tokens_per_cpu_s": plan.steps * plan.batch_tokens / seconds,
+    }  # fmt: skip
+    print(json.dumps(record), flush=True)
+    return record
+
+
+def tell(records: list[dict[str, Any]]) -> None:
+    """The best learning rate of each run by mean over seeds; then all of the grid; then depths."""
+    runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for record in records:
+        runs.setdefault((record["run"], record["lr"]), []).append(record)
+    mean = {key: statistics.mean(r["bpb"] for r in found) for key, found in runs.items()}
+    names = list(dict.fromkeys(name for name, _ in runs))
+    best = {n: min((k for k in runs if k[0] == n), key=mean.__getitem__) for n in names}
+    print("| run | parameters | tokens | train FLOPs | inference FLOPs a token | lr | BPB | s.d. | "
+          "seeds | tokens a CPU second |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for key in [*best.values(), *(k for k in runs if k not in best.values())]:
+        found, first = runs[key], runs[key][0]
+        spread = statistics.stdev(r["bpb"] for r in found) if len(found) > 1 else math.nan
+        rate = statistics.mean(r["tokens_per_cpu_s"] for r in found)
+        print(
+            f"| {key[0]} | {first['params']:,} + {first['tables']:,} | {first['tokens']:,} | "
+            f"{first['train_flops']:.2e} | {first['inference_flops'] / 1e6:.2f} M | {key[1]:g} | "
+            f"{mean[key]:.4f} | {spread:.4f} | {len(found)} | {rate:,.0f} |"
+        )
+    for name in ("trm", "looped"):
+        if name in best:
+            columns = zip(*(r["exits"] for r in runs[best[name]]), strict=True)
+            told = ", ".join(f"{statistics.mean(column):.4f}" for column in columns)
+            print(f"{name}, bits per byte by depth 1, 2, ...: {told}")
+    ladder = {r["blocks"]: mean[best[n]] for n in names for r in runs[best[n]][:1]
+              if n.startswith("plain_") and n[6:].isdigit()}  # fmt: skip
+    for name in ("trm", "looped"):
+        if name in best and len(ladder) > 1:
+            r = runs[best[name]][0]
+            print(f"{name}: {effective_depth(mean[best[name]], ladder, r)}")
+
+
+def effective_depth(bpb: float, ladder: dict[int, float], run: dict[str, Any]) -> str:
+    """b_eff by interpolation in ln(blocks), and phi beside the exponents of arXiv 2604.21106."""
+    depths = sorted(ladder)
+    k, A = run["blocks"], run["applications"]
+    for a, b in itertools.pairwise(depths):
+        high, low = ladder[a], ladder[b]
+        if low <= bpb <= high and high > low:
+            share = (high - bpb) / (high - low)
+            blocks = math.exp(math.log(a) + share * (math.log(b) - math.log(a)))
+            phi = math.log(blocks / k) / math.log(A / k)
+            return f"b_eff {blocks:.2f} of {A} applications, phi {phi:.2f} (published: 0.46, 0.38)"
+    ends = f"{ladder[depths[0]]:.4f} to {ladder[depths[-1]]:.4f}"
+    return f"BPB {bpb:.4f} lies outside of the plain models' {ends}: no effective depth"
+
+
+if __name__ == "__main__":
+    main()

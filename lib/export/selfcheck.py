@@ -1,0 +1,93 @@
+"""Whether a model of any family keeps its promises at its own sizes: what `doctor --full` asks.
+
+In:    a family, its Config, a vocabulary.   Out: check -> True, or what was wrong.
+Note:  first weights are disturbed, so that a zero head or gate hides no dependency. Costs a few
+       forward passes and one backward; nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from lib.core.rng import torch_generator
+from lib.models.base import Family, build, load_family
+from lib.train.job import Batch
+
+TOKENS = 64  # of the rows that are looked at, where the context is not shorter
+
+
+def verify(
+    family: str, config: Any, vocab_size: int, device: torch.device | str = "cpu"
+) -> dict[str, bool | str]:
+    """Gradients, causality, decoding, export of `family` under `config`; each True or a reason."""
+    module = load_family(family)
+    model = build(module, config, vocab_size, seed=1, device=device)
+    n = min(TOKENS, model.max_context or TOKENS)
+    draw = torch_generator(1, "self-check", vocab_size)
+    ids = torch.randint(vocab_size, (2, n + 1), generator=draw).to(device)
+    checks = _gradients(model, Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=0), vocab_size)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=draw).to(p) * 0.02)
+        model.eval()
+        tokens = ids[:, :n]
+        whole, _ = model(tokens)
+        checks["causality"] = _causality(model, tokens, whole, vocab_size)
+        checks["decoding"] = _decoding(model, tokens, whole)
+        _, exported = model.exported(config)
+        # An export is small enough for the host, wherever the model is.
+        error = _relative(exported.to(device)(tokens)[0], whole)
+        checks["export"] = error < 1e-5 or f"logits of the export differ by {error:.1e}"
+    return checks
+
+
+def _gradients(model: Family, batch: Batch, vocab_size: int) -> dict[str, bool | str]:
+    """First loss near ln V; a gradient, finite and not zero, of every parameter."""
+    first = 0.0
+    for loss in model.losses(batch):
+        if not isinstance(loss, torch.Tensor):  # a family that asks for updates within a batch
+            continue
+        loss.backward()
+        first += loss.item()
+    silent = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not bool(torch.isfinite(p.grad).all()) or not bool(p.grad.any())
+    ]
+    model.zero_grad(set_to_none=True)
+    expected = math.log(vocab_size)
+    return {
+        "first loss": abs(first - expected) < 0.25 or f"{first:.3f}, ln V is {expected:.3f}",
+        "gradients": not silent or f"none, or not finite: {', '.join(silent[:5])}",
+    }
+
+
+def _causality(
+    model: Family, tokens: torch.Tensor, whole: torch.Tensor, vocab_size: int
+) -> bool | str:
+    """Logits before an edited token keep their bits."""
+    for t in (0, 1, tokens.shape[1] // 2, tokens.shape[1] - 1):
+        edited = tokens.clone()
+        edited[:, t] = (edited[:, t] + 1) % vocab_size
+        if not torch.equal(model(edited)[0][:, :t], whole[:, :t]):
+            return f"editing token {t} changes logits before it"
+    return True
+
+
+def _decoding(model: Family, tokens: torch.Tensor, whole: torch.Tensor) -> bool | str:
+    """Chunks with a state give the full forward's logits."""
+    for size in (1, 7):
+        parts, state = [], None
+        for part in tokens.split(size, dim=1):
+            logits, state = model(part, state)
+            parts.append(logits)
+        if (error := _relative(torch.cat(parts, dim=1), whole)) > 1e-4:
+            return f"in chunks of {size} logits differ by {error:.1e}"
+    return True
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())

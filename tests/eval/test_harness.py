@@ -1,0 +1,118 @@
+"""lm-evaluation-harness beside ours: the same log-likelihoods, the same decisions by sum."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+
+import pytest
+
+from lib.core.errors import UserError
+from lib.eval import core, harness
+from lib.eval.bundle import Task, read_bundle, read_rows
+from lib.eval.prompts import make_examples
+from lib.eval.scorer import Rules
+from tests.eval.test_core import Counting, make_task
+from tests.standins import ByteTokenizer
+
+has_harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason=f"lm-eval is not installed: {harness.EXTRA}"
+)
+CONTEXT = 400
+
+
+class Tokenizer(ByteTokenizer):
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+
+@pytest.fixture
+def subject() -> harness.Subject:
+    model, tokenizer = Counting(), Tokenizer()
+    model.vocab_size, model.max_context = 258, CONTEXT
+    rules = Rules.of(tokenizer, "bos", CONTEXT)
+    return harness.Subject(model=model, tokenizer=tokenizer, rules=rules)
+
+
+def run(subject, folder, tasks: list[Task]):
+    names = harness.write_tasks(folder, tasks)
+    return harness.run_harness(subject, folder, names, None)
+
+
+def examples_of(subject, task):
+    rows, encode = read_rows(task), subject.tokenizer.encode_batch
+    return list(make_examples(task, rows, encode, start_id=256, max_context=CONTEXT))
+
+
+@has_harness
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+def test_the_harness_agrees_on_the_same_ids(kind, subject, tmp_path):
+    task = make_task(tmp_path, kind, shots=2)
+    result = run(subject, tmp_path / "tasks", [task])
+    name = harness.PREFIX + kind
+    examples = examples_of(subject, task)
+    found = harness.compare(subject, examples, result["samples"][name])
+    assert found.same_split == found.choices > 0
+    assert found.largest_difference < 1e-4
+    records = [core.record_of(task, one) for one in subject.answerer(task, examples)]
+    acc = result["results"][name]["acc,none"]
+    if kind == "multiple_choice":
+        assert acc == core.mean([core.by_sum(one) for one in records])
+    if kind == "language_modeling":
+        assert acc == core.mean([one["correct"] for one in records])
+
+
+@has_harness
+def test_rolling_log_likelihood_is_our_bits_per_byte(subject, tmp_path):
+    """A text of at most T ids: one window in both."""
+    text = "A text that is scored as a whole, from its first byte on."
+    (nats,) = subject.rolling([text])
+    adapter = harness.adapt(subject)
+    request = type("Request", (), {"args": (text,)})
+    assert adapter.loglikelihood_rolling([request]) == [nats]
+    ids = [256, *subject.tokenizer.encode(text).tolist()]
+    ((by_pair, _),) = subject.likelihoods([(ids[:1], ids[1:])])
+    assert by_pair == pytest.approx(nats, rel=1e-6) and math.isfinite(nats)
+
+
+@has_harness
+def test_generation_ends_at_the_stop_string(subject):
+    whole = subject.continuation("Some words", {"max_gen_toks": 12})
+    assert whole
+    assert subject.continuation("Some words", {"max_gen_toks": 12, "until": [whole[3:5]]}) in (
+        whole[:3], whole[: whole.find(whole[3:5])],
+    )  # fmt: skip
+
+
+@has_harness
+def test_real_tasks_agree(shared, subject, tmp_path):
+    """copa, winograd and winogrande: first rows."""
+    tasks = [t for t in read_bundle(shared / "data/eval_bundle").tasks
+             if t.label in ("copa", "winograd", "winogrande")]  # fmt: skip
+    names = harness.write_tasks(tmp_path, tasks, 12)
+    result = harness.run_harness(subject, tmp_path, names, None)
+    for task in tasks:
+        rows = read_rows(task, 12)
+        examples = list(
+            make_examples(task, rows, subject.tokenizer.encode_batch, start_id=256, max_context=400)
+        )
+        samples = result["samples"][harness.PREFIX + task.label]
+        found = harness.compare(subject, examples, samples)
+        assert found.same_split >= 0.99 * found.choices and found.largest_difference < 1e-4
+
+
+def test_written_tasks_hold_the_shots(subject, tmp_path):
+    task = make_task(tmp_path, "multiple_choice", shots=2)
+    harness.write_tasks(tmp_path / "tasks", [task])
+    lines = (tmp_path / "tasks/multiple_choice.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    (example, *_) = examples_of(subject, task)
+    whole = first["text"] + " " + first["choices"][0]
+    assert example.ids(0).tolist() == [256, *subject.tokenizer.encode(whole).tolist()]
+
+
+def test_without_the_extra_the_remedy_is_told(subject, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.api.model", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[harness\]'"):
+        harness.adapt(subject)

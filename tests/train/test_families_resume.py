@@ -1,0 +1,102 @@
+"""Phase 7 and 8 through the real loop: killed while the curvature rises, the bits are the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lib.core.errors import UserError
+from lib.models import load_family
+from lib.models.base import Family, build
+from lib.train.trainer import train
+from tests.train.tiny import BASE, CONTEXT, VOCAB, Rows, make_job
+
+SIZES: dict[str, dict[str, Any]] = {
+    "phase7": {
+        "width": 16, "depth": 2, "heads": 2, "d_ff": 24, "context": CONTEXT, "window": 3,
+        "ssm_rank": 6, "tt_rank": 4, "curvature": {"warmup": 7},
+    },
+    "phase8": {
+        "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": CONTEXT,
+        "tt_rank": 4,
+    },
+}  # fmt: skip
+
+
+def made(name: str, **changes: Any) -> Family:
+    family = load_family(name)
+    return build(family, family.Config(**SIZES[name] | changes), VOCAB, seed=1)
+
+
+def run(folder: Path, name: str, rows: Any = None, settings=BASE, **changes: Any):
+    job = make_job(folder, settings, model=made(name, **changes))
+    return train(replace(job, rows=lambda plan: rows or Rows()))
+
+
+class Killing(Rows):
+    """Ends the process when the batch of step `at` is asked for."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def prefetch(self, start, stop, rank=0, world=1):
+        for i, batch in enumerate(super().prefetch(start, stop, rank, world), start):
+            if i == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("phase7", {}), ("phase7", {"rank": {"target": None}}), ("phase8", {})],
+)
+@pytest.mark.parametrize("kills", [[4], [2, 5, 8]], ids=str)
+def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, name, changes, kills):
+    """Curvature, scores of channels and their rate are in the checkpoint or follow the step."""
+    whole = run(tmp_path / "whole", name, **changes).weights
+    for at in kills:
+        child = os.fork()
+        if child == 0:
+            run(tmp_path / "killed", name, Killing(at), **changes)
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    again = run(tmp_path / "killed", name, **changes).weights
+    for key, tensor in whole.items():
+        assert torch.equal(again[key], tensor), key
+
+
+def test_scores_keep_their_rate_while_the_others_fall(tmp_path):
+    """Over a whole run their travel is 3, whatever the base rate and the schedule are."""
+    settings = replace(BASE, lr=1e-6, eval_every=0, ema_decay=0.0)
+    first: Any = made("phase7")
+    moved = run(tmp_path, "phase7", settings=settings).weights["alpha"] - first.alpha
+    assert 0.5 < moved.abs().max() <= 3.3
+
+
+def test_the_8_bit_rule_without_its_library_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
+    with pytest.raises(UserError, match="optim8bit") as caught:
+        run(tmp_path, "phase7", settings=replace(BASE, optimizer="adamw8bit"))
+    assert caught.value.code == 2
+
+
+@pytest.mark.slow  # torch compiles the update with a C++ compiler
+def test_8_bit_moments_survive_a_kill_bit_by_bit(tmp_path):
+    pytest.importorskip("torchao", reason="the extra optim8bit is not installed")
+    settings = replace(BASE, optimizer="adamw8bit", steps=4, eval_every=0, warmup=1)
+    wide = {"width": 64, "d_ff": 64}  # matrices of 4,096 elements have coded moments
+    whole = run(tmp_path / "whole", "phase7", settings=settings, **wide).weights
+    child = os.fork()
+    if child == 0:
+        run(tmp_path / "killed", "phase7", Killing(3), settings=settings, **wide)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    again = run(tmp_path / "killed", "phase7", settings=settings, **wide).weights
+    assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
