@@ -133,15 +133,13 @@ def compare_training(config: Config, arguments: argparse.Namespace) -> None:
     best = {n: [max(x) for x in zip(*found[1:], strict=True)] for n, found in rates.items()}
     for name, (by_cpu, by_wall) in best.items():
         told = ", ".join(f"{x:.4f}" for x in losses[name])
-        print(
-            f"  {name}: {by_cpu:,.0f} tokens a CPU second, best {by_wall:,.0f} tokens/s; loss {told}"
-        )
+        print(f"  {name}: {by_cpu:,.0f} tokens a CPU second, best {by_wall:,.0f} a second")
+        print(f"    losses {told}")
     gap = max(abs(a - b) for a, b in zip(losses["kumiki"], losses["direct"], strict=True))
     for name, goal in (("direct", 1.2), ("guide", 3.0)):
         ratios = [a / b for a, b in zip(best["kumiki"], best[name], strict=True)]
-        print(
-            f"  kumiki / {name}: {ratios[0]:.2f} by CPU time, {ratios[1]:.2f} best (at least {goal})"
-        )
+        said = f"{ratios[0]:.2f} by CPU time, {ratios[1]:.2f} best"
+        print(f"  kumiki / {name}: {said} (at least {goal})")
     print(f"  largest difference of losses to direct: {gap:.1e}")
 
 
@@ -260,7 +258,7 @@ class Direct(nn.Module):
         if self.masked:
             future = torch.ones(n, n, dtype=torch.bool).triu(1)
             mask = future | (tokens < 0)[:, None, None, :]
-        x, concat = self.table(tokens.clamp(min=0)), c.join == "concat"
+        x = self.table(tokens.clamp(min=0))
         x = (
             x + self.place.weight[:n]
             if self.place is not None
