@@ -85,11 +85,11 @@ mount -t tmpfs -o size=${size}k none "$place"
 cp -a "$before/." "$place/"
 cd "$place"
 set +e
-$PY -m "$@" 2> /dev/shm/kumiki-$$.err; code=$?
+$PY -m "$@" > /dev/null 2> /dev/shm/kumiki-$$.err; code=$?
 set -e
 tail -n 1 /dev/shm/kumiki-$$.err; rm /dev/shm/kumiki-$$.err
 mount -o remount,size=200m "$place"
-$PY -m "$@" 2> /dev/null
+$PY -m "$@" > /dev/null 2>&1
 cp -a "$place/." "$after/"
 echo "code $code"
 """
