@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--cap", type=int, default=12, help="rows of a task, 0 = all")
+    parser.add_argument("--examples", type=int, default=10**9, help="of them that are scored")
     parser.add_argument("--gpt2", help="folder with encoder.json and vocab.bpe")
     parser.add_argument("--max-context", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
@@ -38,7 +39,12 @@ def main() -> None:
         rows = read_rows(task, given.cap)
         examples = list(
             make_examples(
-                task, rows, tokenizer.encode_batch, start_id=start, max_context=given.max_context
+                task,
+                rows,
+                tokenizer.encode_batch,
+                start_id=start,
+                max_context=given.max_context,
+                wanted=range(min(len(rows), given.examples)),
             )
         )
         clock = [time.process_time()]

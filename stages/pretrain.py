@@ -20,6 +20,7 @@ STAGE = Stage(
     about="Train one run of a model family; an interrupted run continues where it stopped.",
     sections=("seed", "train.defaults", "train.{name}", "model.{family}"),
     inputs={"tokens": "data/tokens/bpe.manifest.json", "tokenizer": "data/tokenizers/bpe"},
+    extras=("embeddings", "contexts"),  # vectors of the training tokens; weights to begin with
     out="checkpoints/{name}/final",
     beside={"curves": "metrics/{name}"},
     item="run",
@@ -44,6 +45,7 @@ def identity(run: Run) -> dict[str, Any]:
     settings = run.settings.train[run.name]
     own = {k: v for k, v in artifact.plain(settings).items() if k not in ELSEWHERE}
     source = settings.init_from and stage.input_hash(Path(settings.init_from))
+    extras = {n: stage.input_hash(run.inputs[n]) for n in STAGE.extras if n in run.inputs}
     return {
         "seed": run.settings.seed,
         "train": own,
@@ -52,20 +54,23 @@ def identity(run: Run) -> dict[str, Any]:
         "tokens": stage.input_hash(run.inputs["tokens"]),
         "tokenizer": Manifest.read(run.inputs["tokens"]).recipe["inputs"]["tokenizer"],
         "init_from": source,
+        **extras,
     }
 
 
 def body(run: Run) -> None:
     """Train, then write the final model and the curves."""
     require(run.runtime.kernels, f"{STAGE.name} {run.name}")  # before torch is imported
-    from lib.train.session import open_job, write_result
+    from lib.models.base import load_family
+    from lib.train.session import files_beside, open_job, write_result
     from lib.train.trainer import train
 
     found = identity(run)
     with open_job(run, family_of(run), found) as job:
         outcome = train(job)
         if ranks.rank() == 0:
-            write_result(run, job, outcome, found)
+            beside = files_beside(job, load_family(family_of(run)))
+            write_result(run, job, outcome, found, beside)
 
 
 if __name__ == "__main__":

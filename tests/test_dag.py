@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from lib.core import dag
+from lib.core.params import PARAMS, read_yaml
 from lib.core.stage import Stage
 from tests.conftest import ROOT
 
 STAGES = dag.stages_of(ROOT)
+RAW = read_yaml(ROOT / PARAMS)
+WITHOUT_OVERLAY = {"seed", "profile", "runs", "families"}
 RANK = {"lib": 0, "core": 1, "kernels": 2, "nn": 3, "models": 4, "stages": 6}
 RANK |= dict.fromkeys(("data", "train", "eval", "export"), 5)
 
@@ -52,8 +55,9 @@ def wanted_parameters(name: str) -> set[str]:
     words = body["cmd"].split()
     item = words[words.index(f"--{stage.item}") + 1] if stage.item else ""
     if name != "train":
-        sections = {s.replace("{name}", item).replace("{family}", item) for s in stage.sections}
-        return sections | {f"profiles.${{profile}}.{s}" for s in sections - {"seed"}}
+        family = (RAW["train"].get(item) or {}).get("family") or item
+        sections = {s.replace("{name}", item).replace("{family}", family) for s in stage.sections}
+        return sections | {f"profiles.${{profile}}.{s}" for s in sections - WITHOUT_OVERLAY}
     overlays = {f"profiles.${{profile}}.{s}" for s in ("train", "runs", "model")}
     return {"seed", "train", "runs.${key}", "model.${item.family}"} | overlays
 
@@ -74,10 +78,13 @@ def test_paths_of_the_command_are_dependencies_and_outputs(name):
     places = {options[name] for name in ("out", *stage.beside)}
     assert options["out"] in outs
     assert all(out in places or str(Path(out).parent) in places for out in outs)
-    given = {k: v for k, v in options.items() if k in stage.inputs}
+    given = {k: v for k, v in options.items() if k in (*stage.inputs, *stage.extras)}
     data = {d for d in body["deps"] if not d.endswith(".py")} - {"data/local", "data/samples"}
+    if name == dag.REPORT:  # every run's files, listed one by one
+        assert data == set(dag.report_inputs(ROOT))
+        return
     assert set(given.values()) == data, "the command's inputs and the data dependencies differ"
-    assert given.keys() == stage.inputs.keys(), "every input of the stage is written out"
+    assert given.keys() >= stage.inputs.keys(), "every input of the stage is written out"
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -33,6 +33,14 @@ PHASE8 = {
     "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": T, "tt_rank": 16,
 }  # fmt: skip
 TINY: dict[str, list[dict]] = {
+    "cvfp": [
+        {"width": 16},
+        {"width": 16, "depth": 6, "context_width": 24, "token_depth": 2},
+        {"width": 16, "depth": 2, "input_tokens": 2, "history": 1, "activation": "gelu"},
+        {"width": 16, "head": "tied", "train_embedding": True},
+        {"width": 16, "given": "previous", "previous": 3},
+        {"width": 16, "given": "leaky", "train_context": False},
+    ],
     "gpt": [
         {"depth": 2, "width": 16, "heads": 2, "context": T},
         {"depth": 2, "width": 16, "heads": 2, "context": T, "variant": "modern", "kv_heads": 1},
@@ -64,6 +72,10 @@ TINY: dict[str, list[dict]] = {
     ],
     "phase8": [PHASE8, {**PHASE8, "tt_phase": True}, {**PHASE8, "embedding": "dense"}],
 }
+TINY["ramgpt"] = [
+    {"depth": 2, "width": 16, "heads": 2, "context": T},
+    {"depth": 2, "width": 16, "heads": 4, "context": T, "tie": False, "dropout": 0.1},
+]
 CASES = [
     pytest.param(name, i, id=f"{name}-{i}")
     for name in families()
@@ -93,7 +105,9 @@ def ids(rows: int, length: int) -> Tensor:
 
 def batch(rows: int) -> SimpleNamespace:
     tokens = ids(rows, T + 1)
-    return SimpleNamespace(tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0)
+    return SimpleNamespace(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0, first_row=0, rows=None
+    )
 
 
 def test_families_are_the_files():

@@ -20,6 +20,7 @@ from lib.core.errors import KumikiError, UserError, raise_all, report_lines
 
 DVC_YAML = "dvc.yaml"
 ROOTS = ("lib", "stages")
+REPORT = "report"  # the stage whose data dependencies are written too: every run's files
 # What computes: a change here may change bytes, so unfinished work is not silently continued.
 COMPUTES = ("lib/data/", "lib/models/", "lib/nn/", "lib/kernels/", "lib/train/", "lib/eval/")
 
@@ -135,7 +136,8 @@ def loaded_by_name(module: str, root: Path) -> Iterator[Path]:
 def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]:
     """(family files that a stage runs, names of those that dvc.yaml writes as a template).
 
-    `--run gpt` is one family. Of a `foreach` over families the closure is the union, only the
+    `--run gpt` is one family, that which `train.gpt` names or the run's own name. Of a `foreach`
+    over families the closure is the union, only the
     family file itself is templated (pipeline.md 2.5). Of `runs` it is that of the families which
     its lines name.
     """
@@ -145,13 +147,15 @@ def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]
     every = [path for path in models if path.stem != "base"]
     if run is None:
         return [], set()
+    from lib.core.params import PARAMS, read_yaml
+
+    raw = read_yaml(root / PARAMS)
     if "foreach" not in body:
-        return [path for path in every if path.stem == run], set()
+        family = (raw["train"].get(run) or {}).get("family") or run
+        return [path for path in every if path.stem == family], set()
     templated = {path.relative_to(root).as_posix() for path in every}
     if "runs" in body["foreach"]:
-        from lib.core.params import PARAMS, read_yaml
-
-        lines = (read_yaml(root / PARAMS).get("runs") or {}).values()
+        lines = (raw.get("runs") or {}).values()
         used = {line.get("family") for line in lines}
         return [root / "lib/models/base.py", *(p for p in every if p.stem in used)], templated
     return every, templated
@@ -168,19 +172,42 @@ def wanted_code(body: dict[str, Any], root: Path) -> list[str]:
     return [name for name in closure(entries + families, root) if name not in templated]
 
 
+def report_inputs(root: Path) -> list[str]:
+    """What the report page is made from: every run, and the data behind them (pipeline.md 2)."""
+    from lib.core.params import PARAMS, read_yaml
+
+    raw = read_yaml(root / PARAMS)
+    encodings, tokenizers = raw.get("encode_tokens") or {}, raw.get("train_tokenizer") or {}
+    runs = raw.get("families") or {}
+    names = ("eval.json", "eval_record.json", "samples.json", "curve.csv", "loss.csv")
+    return [
+        "data/shards.manifest.json",
+        "data/documents",
+        *(f"data/tokenizers/{name}" for name in tokenizers),
+        *(f"data/tokens/{name}.manifest.json" for name in encodings),
+        *(f"checkpoints/{run}/final" for run in runs),
+        *(f"metrics/{run}/{name}" for run in runs for name in names),
+    ]
+
+
 def differences(root: Path) -> list[str]:
     """One line for each `.py` dependency that is missing in dvc.yaml or is there without need."""
     lines = []
     for name, body in stages_of(root).items():
         declared = {d for d in body.get("deps", []) if d.endswith(".py") and "$" not in d}
         wanted = set(wanted_code(body, root))
+        if name == REPORT:
+            declared, wanted = set(body.get("deps", [])), wanted | set(report_inputs(root))
         lines += [f"{name}: {d} is imported, not declared" for d in sorted(wanted - declared)]
         lines += [f"{name}: {d} is declared, not imported" for d in sorted(declared - wanted)]
     return lines
 
 
 def write(root: Path) -> bool:
-    """Bring the `.py` dependencies of dvc.yaml in step; data dependencies come first and stay."""
+    """Bring the `.py` dependencies of dvc.yaml in step; data dependencies come first and stay.
+
+    The report's are written as well, so that an added run is on the page.
+    """
     from io import StringIO
 
     from ruamel.yaml import YAML
@@ -193,9 +220,10 @@ def write(root: Path) -> bool:
     path = root / DVC_YAML
     before = path.read_text(encoding="utf-8")
     tree = round_trip.load(before)
-    for raw in tree["stages"].values():
+    for name, raw in tree["stages"].items():
         body = raw.get("do", raw)
         data = [d for d in body.get("deps", []) if not d.endswith(".py") or "$" in d]
+        data = report_inputs(root) if name == REPORT else data
         foreach = {"foreach": raw["foreach"]} if "foreach" in raw else {}
         body["deps"] = data + wanted_code({**body, **foreach}, root)
     out = StringIO()

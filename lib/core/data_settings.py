@@ -395,3 +395,56 @@ class Encoding:
                 "requeue puts the boundary id in front: use boundary bos or both",
             ),
         )
+
+
+# ---------------------------------------------------------------- precompute_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpt2Table:
+    """GPT-2's token table and final norm, one pinned file."""
+
+    url: str = (
+        "https://huggingface.co/openai-community/gpt2/resolve/"
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors"
+    )
+    bytes: int = 548_105_171
+    sha256: str = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+    # of GPT-2's own tokenizer: row i is the vector of its id i
+    tokenizer: str = "5695a11eb4a58ad1456c237fec6b1525c5224639ce309a3377d20fdfdcbc411a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointTable:
+    """A token table of a model of ours."""
+
+    path: str = "checkpoints/gpt/final"
+    tensor: str = "wte.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTable:
+    """Seeded N(0, 1) rows."""
+
+    width: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """Section `precompute_embeddings`: the vectors that context vectors are made from."""
+
+    source: Literal["gpt2", "checkpoint", "random"] = "checkpoint"
+    mode: Literal["memmap", "gather"] = "memmap"  # gather: the table alone, the same numbers
+    dtype: Literal["float16", "bfloat16"] = "float16"  # of the stored vectors
+    chunk_tokens: int = 1_000_000  # one unit of work
+    keep_source: bool = True  # of gpt2: the downloaded file
+    gpt2: Gpt2Table = field(default_factory=Gpt2Table)
+    checkpoint: CheckpointTable = field(default_factory=CheckpointTable)
+    random: RandomTable = field(default_factory=RandomTable)
+
+    def __post_init__(self) -> None:
+        refuse(
+            (self.chunk_tokens < 1, "chunk_tokens", self.chunk_tokens, "use 1 or more"),
+            (self.random.width < 1, "random.width", self.random.width, "use 1 or more"),
+        )

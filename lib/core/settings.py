@@ -14,6 +14,7 @@ from typing import Any
 from lib.core.data_settings import (
     ArchiveSource,
     DownloadShards,
+    Embeddings,
     Encoding,
     ExtractTexts,
     FilesSource,
@@ -34,6 +35,7 @@ class Settings:
     extract_texts: ExtractTexts = field(default_factory=ExtractTexts)
     train_tokenizer: Mapping[str, Tokenizer] = field(default_factory=dict)
     encode_tokens: Mapping[str, Encoding] = field(default_factory=dict)
+    precompute_embeddings: Embeddings = field(default_factory=Embeddings)
     train: Mapping[str, Train] = field(default_factory=dict)  # by run, added runs included
     runs: Mapping[str, Train] = field(default_factory=dict)  # runs of your own
     families: Mapping[str, Train] = field(default_factory=dict)  # what is evaluated and exported

@@ -53,10 +53,12 @@ class Stage:
     about: str  # one sentence, shown by --help
     sections: tuple[str, ...]  # parameters it may read, as dvc.yaml tracks them
     inputs: dict[str, str] = field(default_factory=dict)  # option -> default path
+    extras: tuple[str, ...] = ()  # options of inputs that only some runs have
     out: str  # default path of the output
     beside: dict[str, str] = field(default_factory=dict)  # option -> folder that gets single files
     item: str | None = None  # "name" or "run": the option that picks the foreach item
     work: str = "data/work"  # where working state lies
+    tasks: bool = False  # whether its units can be shared out to a job array (--task, --of)
     defer_stop: bool = False  # True: commit at the next step instead of dropping the unit in hand
 
 
@@ -78,9 +80,12 @@ class Run:
     def __init__(self, stage: Stage, settings: Settings, arguments: argparse.Namespace) -> None:
         self.stage = stage
         self.name: str = getattr(arguments, stage.item) if stage.item else ""
+        self.task: int | None = getattr(arguments, "task", None)  # this process's share, of `of`
+        self.of: int | None = getattr(arguments, "of", None)
         self.settings = Declared(settings, stage.sections)
         self.runtime: Runtime = settings.runtime
-        self.inputs = {option: Path(getattr(arguments, option)) for option in stage.inputs}
+        given = {option: getattr(arguments, option) for option in (*stage.inputs, *stage.extras)}
+        self.inputs = {option: Path(path) for option, path in given.items() if path is not None}
         self.out = Path(arguments.out)
         self.beside = {option: Path(getattr(arguments, option)) for option in stage.beside}
         self.title = f"{stage.name}@{self.name}" if self.name else stage.name
@@ -172,7 +177,9 @@ def _ray_pool(workers: int) -> Iterator[PoolMap]:
         ) from None
     from lib.core.process import map_ray
 
-    ray.init(num_cpus=workers, ignore_reinit_error=True, log_to_driver=False)
+    # RAY_ADDRESS names a cluster; without it a local one of `workers` processes is started.
+    local = {"num_cpus": workers, "include_dashboard": False}
+    ray.init(**({} if os.environ.get("RAY_ADDRESS") else local), log_to_driver=False)
     try:
         yield map_ray(ray, workers)
     finally:
@@ -224,6 +231,9 @@ def _guarded(
                 if not ranks.agree():
                     body(run)
                 return 0
+            if run.task is not None:
+                _run_task(run, body, identity, modules)
+                return 0
             with lock.exclusive_lock(run.out):
                 _run_locked(run, body, identity, check, modules)
         return 0
@@ -274,6 +284,28 @@ def _run_locked(
         finally:
             run._log = None
             log.close()
+
+
+def _run_task(run: Run, body: Callable, identity: Callable, modules: Callable) -> None:
+    """One share of the units, beside others; the run without --task merges what all have made."""
+    if run.of is None or not 0 <= run.task < run.of:  # type: ignore[operator]  # it is not None
+        value = f"--task {run.task} --of {run.of}"
+        raise UserError("not a task", value=value, remedy="use 0 <= task < of")
+    _find_work(run, identity)
+    with lock.exclusive_lock(run.work.parent / f"{run.fingerprint}_task_{run.task}"):
+        if not _open_work(run, modules(run)):
+            body(run)
+        run.log(f"task {run.task} of {run.of} is done")
+
+
+def require_tasks(run: Run, n_tasks: int) -> None:
+    """UserError where `--of` is not the fixed division of the parameters."""
+    if run.of is not None and run.of != n_tasks:
+        raise UserError(
+            "another division than the parameters have",
+            value=f"--of {run.of}, n_tasks is {n_tasks}",
+            remedy=f"use --of {n_tasks}, or change n_tasks",
+        )
 
 
 def _open_work(run: Run, modules: Sequence[str]) -> bool:
@@ -391,9 +423,14 @@ def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
         name = getattr(known, stage.item) if known else "{name}"
     for option, default in stage.inputs.items():
         parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
+    for option in stage.extras:
+        parser.add_argument(f"--{option}", help="an input that some runs have")
     parser.add_argument("--out", default=stage.out.replace("{name}", name or ""))
     for option, default in stage.beside.items():
         parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
+    if stage.tasks:
+        parser.add_argument("--task", type=int, help="do the units of this task only, from 0")
+        parser.add_argument("--of", type=int, help="how many tasks there are: n_tasks")
     parser.add_argument(
         "--set",
         action="append",

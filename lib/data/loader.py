@@ -23,7 +23,54 @@ from lib.core.rng import numpy_generator
 from lib.data.tokens import TokenStore
 
 
-class Loader:
+class Ahead:
+    """Batches read ahead of the consumer."""
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """The rows of one step."""
+        raise TypeError(f"{type(self).__name__} defines no batch")
+
+    def prefetch(
+        self, start: int, stop: int, rank: int = 0, world: int = 1
+    ) -> Iterator[np.ndarray]:
+        """`batch(step)` for start <= step < stop, two batches read ahead in a thread.
+
+        An error of the thread is raised here. While it runs the loader belongs to it.
+        """
+        ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(maxsize=2)
+        stopped = threading.Event()
+
+        def put(item: np.ndarray | BaseException) -> bool:
+            while not stopped.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def read() -> None:
+            try:
+                for step in range(start, stop):
+                    if not put(self.batch(step, rank, world)):
+                        return
+            except BaseException as error:  # carried over to the consumer, who raises it
+                put(error)
+
+        thread = threading.Thread(target=read, name="prefetch", daemon=True)
+        thread.start()
+        try:
+            for _ in range(start, stop):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+
+class Loader(Ahead):
     """Batches of packed training rows in seeded order, every epoch permuted anew."""
 
     def __init__(self, store: TokenStore, batch_tokens: int, seed: int) -> None:
@@ -79,50 +126,40 @@ class Loader:
         share = self.rows_per_step // world
         return max(n for n in range(1, min(share, device_batch_size) + 1) if share % n == 0)
 
-    def prefetch(
-        self, start: int, stop: int, rank: int = 0, world: int = 1
-    ) -> Iterator[np.ndarray]:
-        """`batch(step)` for start <= step < stop, two batches read ahead in a thread.
-
-        An error of the thread is raised here. While it runs the loader belongs to it.
-        """
-        ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(maxsize=2)
-        stopped = threading.Event()
-
-        def put(item: np.ndarray | BaseException) -> bool:
-            while not stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def read() -> None:
-            try:
-                for step in range(start, stop):
-                    if not put(self.batch(step, rank, world)):
-                        return
-            except BaseException as error:  # carried over to the consumer, who raises it
-                put(error)
-
-        thread = threading.Thread(target=read, name="prefetch", daemon=True)
-        thread.start()
-        try:
-            for _ in range(start, stop):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
-
     def _order(self, epoch: int) -> np.ndarray:
         """perm(seed, epoch), int64 (R,); NumPy's PCG64."""
-        if epoch not in self._orders:
-            fresh = numpy_generator(self.seed, "rows", epoch).permutation(self.store.rows)
-            last = max(self._orders, default=epoch)
-            self._orders = {e: order for e, order in self._orders.items() if e == last}
-            self._orders[epoch] = fresh
-        return self._orders[epoch]
+        orders = self._orders  # read once: the thread that reads ahead may replace it
+        order = orders.get(epoch)
+        if order is None:
+            order = numpy_generator(self.seed, "rows", epoch).permutation(self.store.rows)
+            last = max(orders, default=epoch)
+            self._orders = {e: o for e, o in orders.items() if e == last} | {epoch: order}
+        return order
+
+
+class Chunks(Ahead):
+    """The training ids as one stream: step s is chunk s mod M, a single row of its ids.
+
+    A last id stands behind them, so that inputs are [:, :-1] as in packed rows.
+    """
+
+    def __init__(self, store: TokenStore, chunk_tokens: int) -> None:
+        self.store, self.chunk_tokens = store, chunk_tokens
+        self.chunks = -(-store.length("train") // chunk_tokens)
+
+    def row_numbers(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """The chunk; UserError for several ranks, which would share the files of one stream."""
+        if world > 1:
+            raise UserError(
+                "one stream is read by one rank",
+                value=f"{world} ranks",
+                remedy="use solver: exact, whose rows are split over ranks",
+            )
+        return np.array([step % self.chunks])
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """int64 (1, n + 1)."""
+        start = int(self.row_numbers(step, rank, world)[0]) * self.chunk_tokens
+        length = min(self.chunk_tokens, self.store.length("train") - start)
+        ids = self.store.tokens("train", start, length).astype(np.int64)
+        return np.append(ids, ids[-1])[None]

@@ -129,6 +129,17 @@ class TokenStore:
             at += length
         assert at == len(out), f"row {row} holds {at} ids, not {len(out)}"
 
+    def row_positions(self, row: int) -> np.ndarray:
+        """Where the context + 1 ids of a packed row lie in the train split; -1: a boundary id."""
+        first, last = int(self._row_ptr[row]), int(self._row_ptr[row + 1])
+        found = []
+        for start, length in self._segments[first:last].tolist():
+            if start < 0:
+                found.append(np.full(1, -1, np.int64))
+                start, length = ~start, length - 1
+            found.append(np.arange(start, start + length, dtype=np.int64))
+        return np.concatenate(found)
+
     def require_tokenizer(self, fingerprint: str) -> None:
         """UserError unless these ids were made by the tokenizer of that fingerprint."""
         if fingerprint != self.fingerprint:

@@ -20,6 +20,7 @@ from lib.core.errors import InputError, UserError
 from lib.core.stage import Run
 from lib.eval import baselines, bpb
 from lib.eval.bpb import LEAST_BYTES, Measured, Ranks
+from lib.eval.controls import write_controls
 from lib.eval.depth import ExitScorer, write_depth
 from lib.eval.exams import Examiner, Marks
 from lib.eval.inputs import Inputs
@@ -63,6 +64,8 @@ def evaluate(run: Run) -> None:
     run.log(f"bits per byte: {said} on {measured.total_bytes:,} bytes; beside it {told}")
     beside = run.files_beside("records")
     files.write_json(beside / RECORD, record)
+    if verdict := write_controls(run.inputs["model"], beside):
+        run.log(verdict)
     start = time.perf_counter()
     exits = scorer_of(ExitScorer, run, inputs, model, rules, device, dtype)
     write_depth(beside / DEPTH, measured, exits, inputs.texts(), inputs.tokenizer)

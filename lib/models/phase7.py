@@ -284,6 +284,8 @@ class Model(Family):
     """Tensor train -> L blocks -> norm -> the same tensor train."""
 
     compiled = ("hidden",)
+    c_sched: Tensor  # curvature of the schedule, of the geometry lorentz alone
+    c_held: Tensor  # bool: the schedule is over, these weights are fine-tuned
     _row: Tensor | None = None  # the newest training row, for the log
 
     def __init__(self, config: Config, vocab_size: int) -> None:
@@ -489,7 +491,12 @@ class Model(Family):
             "scores": {"lr": RANK_TRAVEL / optim.steps, "scheduled": False},
             "rest": {"lr": optim.lr},
         }  # fmt: skip
-        return [Group(name=n, params=members[n], **common, **settings[n]) for n in members]
+        # The log shows the first group's rate: the matrices', which is the run's own `lr`.
+        return [
+            Group(name=n, params=members[n], **common, **settings[n])
+            for n in settings
+            if n in members
+        ]
 
     def flops_per_token(self, T: int) -> int:
         """6 (block matrices + V d) + 12 L H D w, w the mean number of visible keys."""
@@ -519,7 +526,8 @@ class Model(Family):
         x, each = self.table(row), []
         rope, c, beta, z = self._shared(x, 0)
         found: dict[str, float] = {}
-        for i, block in enumerate(self.blocks):
+        blocks: list[Any] = list(self.blocks)
+        for i, block in enumerate(blocks):
             n = block.norm1(x)
             if c is not None:
                 q, k, _ = block.attn.points(n, rope)

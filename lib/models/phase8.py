@@ -256,7 +256,12 @@ class Model(Family):
             "table": {"lr": optim.lr * factor},
             "rest": {"lr": optim.lr},
         }  # fmt: skip
-        return [Group(name=n, params=members[n], **common, **settings[n]) for n in members]
+        # The log shows the first group's rate: the matrices', which is the run's own `lr`.
+        return [
+            Group(name=n, params=members[n], **common, **settings[n])
+            for n in settings
+            if n in members
+        ]
 
     def flops_per_token(self, T: int) -> int:
         """6 (block matrices + V d), thrice the operator's 2 C (D_k + D_v) + 4 D_k D_v a head."""

@@ -50,6 +50,8 @@ class TensorTrain(nn.Module):
     phase: theta exists. It is a gauge, `fold` puts it into C1. order: which cell an id has.
     """
 
+    permutation: Tensor  # (V,) int32, of the order random
+
     def __init__(
         self, vocab_size: int, width: int, rank: int, order: Order = "identity", phase: bool = False
     ) -> None:

@@ -36,16 +36,20 @@ def write_final(
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
     tokenizer: Path | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a finished model to `folder`, whole or not at all.
 
     config: `family`, `config`, `vocab_size`, `context`, `tokenizer` (fingerprint). tokenizer: the
-    folder whose files go in beside it (its manifest stays behind, `final/` has its own).
+    folder whose files go in beside it (its manifest stays behind, `final/` has its own). beside:
+    file name -> JSON value.
     """
     with files.atomic_folder(folder) as part:
         write_tensors(part / WEIGHTS, weights)
         files.write_json(part / CONFIG, {"format": FORMAT, "version": VERSION, **config})
         files.write_json(part / PROVENANCE, provenance)
+        for name, value in (beside or {}).items():
+            files.write_json(part / name, value)
         for path in sorted(tokenizer.iterdir()) if tokenizer else []:
             if path.is_file() and path.name != files.MANIFEST and not path.name.startswith("."):
                 files.link_or_copy(path, part / path.name)
@@ -107,7 +111,7 @@ class Final:
             sha256=manifest.sha256,
         )
 
-    def weights(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    def weights(self, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, torch.Tensor]:
         """All weights on the CPU; UserError unless names and shapes are those of `shapes`."""
         return read_tensors(self.folder / WEIGHTS, shapes)
 

@@ -9,18 +9,20 @@ Note:  validation text comes out of the token files: a lossless tokenizer gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lib.core import artifact
 from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.run_settings import Train
-from lib.data.loader import Loader
+from lib.data.embeddings import Embeddings
+from lib.data.loader import Chunks, Loader
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokens import TokenStore
 from lib.eval.bpb import Document, take_prefix, validate
@@ -40,6 +42,7 @@ class Data:
     store: TokenStore
     tokenizer: Tokenizer
     seed: int
+    _vectors: Embeddings | None = None
 
     @classmethod
     def open(cls, tokens: Path, tokenizer: Path, seed: int, *, full: bool) -> Data:
@@ -56,9 +59,33 @@ class Data:
         """Bytes of training text that one training token stands for."""
         return float(self.store.documents("train").bytes.sum()) / max(1, self.store.length("train"))
 
-    def rows(self, plan: Plan) -> Loader:
-        """The seeded rows of every step."""
+    def rows(self, plan: Plan, stream_rows: int | None = None) -> Loader | Chunks:
+        """The seeded rows of every step, or the chunks of the corpus read as one stream."""
+        if stream_rows is not None:
+            return Chunks(self.store, stream_rows)
         return Loader(self.store, plan.batch_tokens, self.seed)
+
+    def first_rows(self, count: int) -> np.ndarray:
+        """The first packed rows, at most `count`: (rows, T + 1)."""
+        found = np.empty((min(count, self.store.rows), self.store.context + 1), np.int64)
+        for number, row in enumerate(found):
+            self.store.read_row(number, row)
+        return found
+
+    def embeddings(self, inputs: Mapping[str, Path]) -> Embeddings:
+        """The vectors that belong to these token files, verified once."""
+        if self._vectors is None:
+            found = Embeddings.open(inputs["embeddings"], inputs["tokens"], self.store)
+            object.__setattr__(self, "_vectors", found)
+        assert self._vectors is not None
+        return self._vectors
+
+    def val_bytes_per_token(self, settings: Train) -> float:
+        """Bytes of the validated text over its ids."""
+        wanted = settings.eval_bytes
+        prefix = take_prefix(self.documents, wanted) if wanted else self.documents
+        tokens = sum(len(self.tokenizer.encode(text)) for _, text in prefix)
+        return sum(len(text.encode()) for _, text in prefix) / max(1, tokens)
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -108,8 +135,7 @@ def take_weights(source: Path, model: Family, tokenizer: str) -> None:
     """
     final = Final.open(source, tokenizer)
     model.refuse_weights(final.config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(final.weights(shapes))
+    model.take_weights(final.weights)
     model.weights_taken()
 
 

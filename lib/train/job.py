@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.core import ranks
 from lib.core.artifact import plain
 from lib.core.run_settings import Runtime, Train
 from lib.models.base import Family
@@ -40,11 +41,33 @@ class Asked(Protocol):
 
 @dataclass(kw_only=True)
 class Batch:
-    """One micro-batch. tokens, targets: (rows, T) int64; step: updates made before it."""
+    """What `losses` is given. tokens, targets: (rows, T) int64; step: updates made before it.
+
+    rows: their numbers among the packed rows, where the family reads more than ids.
+    """
 
     tokens: Tensor
     targets: Tensor
     step: int
+    first_row: int = 0  # number of its first row in the step, over all ranks
+    rows: np.ndarray | None = None
+
+
+def cut(
+    ids: np.ndarray, step: int, micro_rows: int, device: torch.device, numbered: Rows | None
+) -> list[Batch]:
+    """The micro-batches of a rank's rows (rows, T + 1); numbered: knows which packed rows."""
+    own = None
+    if numbered is not None:
+        own = numbered.row_numbers(step, ranks.rank(), ranks.world_size())
+    parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
+    ends = list(range(micro_rows, len(ids), micro_rows))
+    of = [None] * len(parts) if own is None else np.split(own, ends)
+    first_rows = range(ranks.rank() * len(ids), (ranks.rank() + 1) * len(ids), micro_rows)
+    return [
+        Batch(tokens=part[:, :-1], targets=part[:, 1:], step=step, first_row=first, rows=numbers)
+        for part, first, numbers in zip(parts, first_rows, of, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +90,11 @@ class Job:
     validate: Callable[[Family], float | None] = lambda model: None  # bits per byte
     sample: Callable[[Family], list[str]] = lambda model: []
     push: Callable[[int, dict[str, Tensor]], None] = lambda step, weights: None
+    # for what stands beside a run: another model of its family (config, seed, whether it begins
+    # with the weights that the run began with), the first packed rows, validation text a token
+    build: Callable[[Any, int, bool], Family] = lambda config, seed, started: Family()
+    diagnostic_rows: Callable[[int], np.ndarray] = lambda count: np.empty((0, 0), np.int64)
+    val_bytes_per_token: float = 0.0
     stop: Asked
     log: Callable[[str], None]
     warn: Callable[[str], None]

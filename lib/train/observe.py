@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lib import kernels
 from lib.core import files, growing
 from lib.core.errors import redact
 from lib.core.run_settings import Runtime
@@ -134,6 +135,8 @@ class Observer:
         self._taken += 1
         if self.quiet:
             return
+        if decided := kernels.news():  # known once they have run
+            self.say(decided)
         tokens = step * self.tokens_per_step
         if step % self._stride == 0 or step == self.steps:
             row = (step, tokens, tokens * self.flops_per_token, loss, lr, grad)
@@ -167,6 +170,8 @@ class Observer:
         """Validation after `step` steps gave `bpb` bits per byte."""
         if self.quiet:
             return
+        if decided := kernels.news():  # known once they have run
+            self.say(decided)
         tokens = step * self.tokens_per_step
         read = round(tokens * self.bytes_per_token)
         row = (step, tokens, read, tokens * self.flops_per_token, bpb)

@@ -40,9 +40,14 @@ class Plan:
         """G, rows of a step over all ranks."""
         return self.batch_tokens // self.context
 
-    def micro_rows(self, runtime: Runtime, device: torch.device, world: int) -> int:
-        """Rows of a micro-batch: the largest divisor of a rank's rows that the device may hold."""
-        limit = runtime.device_batch_size
+    def micro_rows(
+        self, runtime: Runtime, device: torch.device, world: int, whole: bool = False
+    ) -> int:
+        """Rows of a micro-batch: the largest divisor of a rank's rows that the device may hold.
+
+        whole: all of them, the family cuts the step itself.
+        """
+        limit = self.rows if whole else runtime.device_batch_size
         if limit == "auto":
             limit = max(1, AUTO_TOKENS.get(device.type, 2**13) // self.context)
         share = self.rows // world
@@ -59,6 +64,12 @@ def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) 
     """Resolve `settings` for `model`. UserError where no step or no whole rows come out."""
     wanted = model.defaults()
     flops = model.flops_per_token(context)
+    if settings.steps is not None and wanted.steps is not None:
+        raise UserError(
+            "the family decides the length of this run",
+            value=f"steps {settings.steps}, its own {wanted.steps}",
+            remedy="leave steps null, or choose a solver without sweeps",
+        )
     ratio = settings.param_data_ratio
     if ratio is None and settings.steps is None and settings.target_flops is None:
         ratio = wanted.param_data_ratio
@@ -79,7 +90,7 @@ def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) 
         batch_tokens=batch,
         params=model.scaling_params(),
         flops_per_token=flops,
-        num_iterations=model.matched_steps(settings.steps, context),
+        num_iterations=model.matched_steps(settings.steps, context) or wanted.steps,
         target_flops=settings.target_flops,
         param_data_ratio=ratio,
     )
@@ -122,25 +133,28 @@ def _tokens(
 
 
 def describe(
-    plan: Plan, model: Family, runtime: Runtime, device: torch.device, seconds: float
+    plan: Plan, model: Family, micro_rows: int, device: torch.device, seconds: float
 ) -> list[str]:
-    """The block printed before step 0; seconds: of the dry step, 0 where none was made."""
+    """The block printed before step 0; seconds: of the dry step, 0 where none was made.
+
+    micro_rows: rows that the dry step took.
+    """
     world = ranks.world_size()
     groups = ", ".join(
         f"{g.name} {sum(p.numel() for p in g.params.values()):,}"
         for g in model.param_groups(plan.optim)
     )
-    tokens, micro = plan.steps * plan.batch_tokens, plan.micro_rows(runtime, device, world)
+    tokens = plan.steps * plan.batch_tokens
     lines = [
         f"parameters: {plan.parameters:,} ({groups})",
         f"steps: {plan.steps:,} of {plan.batch_tokens:,} tokens, {tokens:,} in all, "
         f"{tokens / max(1, model.scaling_params()):.2f} a scaling parameter",
         f"FLOPs: {tokens * plan.flops_per_token:.3e}, {plan.flops_per_token:,} a token",
-        f"device: {device.type} x {world}, {plan.optim.compute_dtype}, {micro} rows at once",
+        f"device: {device.type} x {world}, {plan.optim.compute_dtype}, {micro_rows} rows at once",
     ]
-    hours = seconds * plan.rows / micro / world * plan.steps / 3600
-    lines += [f"about {hours:.2f} hours at the rate of the dry step"] if hours else []
-    return [*lines, *model.notes()]
+    hours = seconds * plan.rows / micro_rows / world * plan.steps / 3600
+    span = f"{hours:.2f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+    return lines + ([f"about {span} at the rate of the dry step"] if hours else [])
 
 
 def refuse_unshardable(model: Family, plan: Plan) -> None:

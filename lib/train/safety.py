@@ -20,7 +20,7 @@ from lib.core.errors import EnvError, InputError
 from lib.train import parallel
 
 if TYPE_CHECKING:
-    from lib.train.job import Rows
+    from lib.train.job import Batch, Rows
 
 KNOBS = "lower runtime.device_batch_size (the result stays), then the context, then the width"
 
@@ -79,14 +79,14 @@ def restore_random_states(states: dict[str, Tensor], device: torch.device) -> No
 
 def find_culprit(
     model: nn.Module,
-    micro_batches: Sequence[Tensor],
-    backward: Callable[[Tensor], Iterator[tuple[Tensor | None, bool]]],
+    micro_batches: Sequence[Batch],
+    backward: Callable[[Batch], Iterator[tuple[Tensor | None, bool]]],
 ) -> int | None:
     """Number of the first micro-batch whose own loss or gradient is not finite, None if none is."""
-    for number, rows in enumerate(micro_batches):
+    for number, batch in enumerate(micro_batches):
         for parameter in model.parameters():
             parameter.grad = None
-        loss, _ = next(backward(rows))
+        loss, _ = next(backward(batch))
         found = [p.grad for p in model.parameters() if p.grad is not None]
         if (loss is not None and not loss.isfinite()) or not all(
             bool(g.isfinite().all()) for g in found

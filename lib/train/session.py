@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,8 +24,10 @@ from lib.core.artifact import Manifest, plain
 from lib.core.params import typed
 from lib.core.run_settings import Runtime
 from lib.core.stage import Run
-from lib.models.base import load_family
+from lib.models.base import Family, load_family
+from lib.nn.stream import Streaming, open_stream
 from lib.train import parallel
+from lib.train.controls import look_inside, table, train_controls
 from lib.train.final import write_final
 from lib.train.inputs import Data, require_context, sized, take_weights
 from lib.train.job import Job, Outcome
@@ -52,22 +56,32 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
     dtype = compute_dtype(settings.precision, device)
     parallel.start(device)
     push = HubPush(run.runtime.hub, run.warn) if run.runtime.hub and ranks.rank() == 0 else None
+    model = None
     try:
         data = Data.open(
             run.inputs["tokens"], run.inputs["tokenizer"], seed, full=run.runtime.verify == "full"
         )
         module = load_family(family)
+        start = settings.init_from or run.inputs.get("contexts")
+        request = Streaming(
+            runtime=run.runtime, context=data.store.context, averaged=settings.ema_decay > 0,
+            grad_dtype=getattr(torch, settings.grad_wire),
+        )  # fmt: skip
+
+        def build(config: Any, own_seed: int, started: bool) -> Family:
+            model = make_model(module, config, data, run.runtime)
+            model.streamer = partial(open_stream, request=request)
+            model.init_weights(own_seed)
+            if "embeddings" in run.inputs:
+                model.read_from(data.embeddings(run.inputs))
+            if started and start:
+                take_weights(Path(start), model, data.tokenizer.fingerprint)
+            model.place(device, dtype)
+            return model
+
         config = typed(module.Config, plain(settings.model), "params.yaml")
-        with torch.device("meta"):
-            model = module.Model(config, data.store.vocab_size)
-        model.vocab_size = data.store.vocab_size
-        model.attention = run.runtime.attention
-        require_context(data.store.context, model)
-        model.to_empty(device="cpu")
-        model.init_weights(seed)
-        if settings.init_from:
-            take_weights(Path(settings.init_from), model, data.tokenizer.fingerprint)
-        model.place(device, dtype)
+        model = build(config, seed, True)
+        require_wire(settings, model)
 
         def push_weights(step: int, weights: dict[str, Tensor]) -> None:
             if push is not None and push.is_due(step):
@@ -83,8 +97,8 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             runtime=run.runtime,
             seed=seed,
             model=model,
-            rows=data.rows,
-            context=data.store.context,
+            rows=lambda plan: data.rows(plan, model.stream_rows),
+            context=model.stream_rows or data.store.context,
             device=device,
             dtype=dtype,
             work=run.work,
@@ -98,22 +112,50 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             },
             extra={"code": run.code, "parents": parents_of(identity)},
             bytes_per_token=data.bytes_per_token,
-            validate=data.validator(settings, device, dtype),
+            validate=data.validator(settings, device, dtype)
+            if model.predicts
+            else lambda model: None,
             sample=data.sampler(device),
             push=push_weights,
+            build=build,
+            diagnostic_rows=data.first_rows,
+            val_bytes_per_token=data.val_bytes_per_token(settings) if settings.controls else 0.0,
             stop=run.stop,
             log=run.log,
             warn=run.warn,
         )
     finally:
+        if model is not None:
+            model.close()
         if push is not None:
             push.close()
         parallel.stop()
 
 
+def make_model(module: ModuleType, config: Any, data: Data, runtime: Runtime) -> Family:
+    """A model of the family on the CPU, its weights not yet filled."""
+    with torch.device("meta"):
+        model = module.Model(config, data.store.vocab_size)
+    model.vocab_size = data.store.vocab_size
+    model.attention, model.activation_bytes = runtime.attention, runtime.activation_bytes
+    require_context(data.store.context, model)
+    return model.to_empty(device="cpu")
+
+
+def require_wire(settings: Train, model: Family) -> None:
+    """UserError where gradients shall be rounded on a bus that they do not cross."""
+    if settings.grad_wire != "float32" and model.engine is None:
+        raise UserError(
+            "grad_wire is of streamed runs, and this one is not",
+            value=settings.grad_wire,
+            remedy="set grad_wire: float32, or runtime.stream: on",
+        )
+
+
 def parents_of(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Hashes of what the run was made from."""
-    return {name: identity[name] for name in ("tokens", "tokenizer", "init_from")}
+    names = ("tokens", "tokenizer", "init_from", "embeddings", "contexts")
+    return {name: identity[name] for name in names if name in identity}
 
 
 def describe_model(
@@ -129,8 +171,13 @@ def describe_model(
     }
 
 
-def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, Any]) -> None:
-    """The final model and the curves, where the frame publishes them from."""
+def write_result(
+    run: Run, job: Job, outcome: Outcome, identity: Mapping[str, Any], beside: Mapping[str, Any]
+) -> None:
+    """The final model and the curves, where the frame publishes them from.
+
+    beside: JSON values that lie in the model's folder, by file name.
+    """
     plan, position = outcome.plan, outcome.position
     tokens = (position.step - position.skipped) * plan.batch_tokens
     family, vocab_size = job.identity["family"], job.identity["vocab_size"]
@@ -151,5 +198,18 @@ def write_result(run: Run, job: Job, outcome: Outcome, identity: Mapping[str, An
         "code_changes": position.code_changes,
     }
     config = describe_model(family, identity, vocab_size, job.context)
-    write_final(run.result, outcome.weights, config, provenance, run.inputs["tokenizer"])
+    write_final(run.result, outcome.weights, config, provenance, run.inputs["tokenizer"], beside)
     outcome.observer.write_curves(run.files_beside("curves"))
+    job.model.finish()
+
+
+def files_beside(job: Job, module: ModuleType) -> dict[str, Any]:
+    """stats.json and controls.json of a run whose family has them."""
+    found: dict[str, Any] = {}
+    if statistics := job.model.statistics():
+        found["stats.json"] = statistics | {"final": look_inside(job)}
+    if job.settings.controls is not None:
+        found["controls.json"] = controls = train_controls(job, module)
+        for line in [*table(controls["rows"]), controls["verdict"]]:
+            job.log(line)
+    return found

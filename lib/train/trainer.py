@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib import kernels
 from lib.core import ranks
 from lib.core.errors import Interrupted
 from lib.nn.ema import Ema
 from lib.train import parallel, safety
 from lib.train.checkpoint import Checkpoints
-from lib.train.job import Batch, Job, Outcome
+from lib.train.job import Batch, Job, Outcome, cut
 from lib.train.observe import Observer
 from lib.train.optim import build_optimizer
 from lib.train.plan import describe, make_plan, refuse_accumulation, refuse_unshardable
@@ -47,13 +46,13 @@ def train(job: Job) -> Outcome:
     groups = parallel.split_groups(model.param_groups(plan.optim))
     state = RunState(
         model=model,
-        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer"),
+        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype),
         device=device,
         position=Position(),
         checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
-        stack=stack_of(device, job.dtype),
+        stack={**stack_of(device, job.dtype), **model.engine_facts()},
         extra=job.extra,
     )
     observer = Observer(
@@ -61,22 +60,23 @@ def train(job: Job) -> Outcome:
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
         peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
-    rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world)
-    micro_batches = plan.rows // micro_rows  # of one step over all ranks
-    parameters = list(model.parameters())
+    rows, parameters = job.rows(plan), list(model.parameters())
+    numbered = rows if model.reads_rows() else None
     model.attach(job.work)
     observer.cut(state.resume(job.seed, job.log))
     position, scaler, optimizer = state.position, state.scaler, state.optimizer
+    micro_rows = plan.micro_rows(runtime, device, world, model.whole_steps)
+    micro_rows = model.group_rows(state.keep_micro_rows(micro_rows, job.log), plan.rows // world)
+    micro_batches = plan.rows // micro_rows  # of one step over all ranks
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
 
-    def backward(ids: Tensor) -> Iterator[tuple[Tensor | None, bool]]:
+    def backward(batch: Batch) -> Iterator[tuple[Tensor | None, bool]]:
         """Gradients of one micro-batch, added: (its loss, or None without any; True at its end).
 
         More than once where the family yields STEP: an update is made before it goes on.
         """
-        batch, total = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=position.step), None
-        losses = iter(model.losses(batch))
+        total, losses = None, iter(model.losses(batch))
         while True:
             with autocast(device, job.dtype):
                 loss = next(losses, None)
@@ -93,7 +93,7 @@ def train(job: Job) -> Outcome:
     def updates(arrays: Iterator[Any]) -> Iterator[tuple[int, Any, list[Tensor], bool]]:
         """(step, micro-batches, their losses, last of its batch) with the gradients in place."""
         for step, ids in enumerate(arrays, start=position.step):
-            parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
+            parts = cut(ids, step, micro_rows, device, numbered)
             for found in zip(*map(backward, parts), strict=True):
                 yield step, parts, [x for x, _ in found if x is not None], found[0][1]
 
@@ -115,10 +115,10 @@ def train(job: Job) -> Outcome:
 
     def dry_step() -> float:
         """One micro-batch, then forgotten: a lack of memory shows now, not hours later. Seconds."""
-        ids = torch.from_numpy(next(rows.prefetch(position.step, position.step + 1, rank, world)))
+        ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            for loss, _ in backward(ids[:micro_rows].to(device)):
+            for loss, _ in backward(cut(ids, position.step, micro_rows, device, numbered)[0]):
                 float(loss or 0)  # waits for the device
         return time.monotonic() - began
 
@@ -128,10 +128,12 @@ def train(job: Job) -> Outcome:
             state.check_space()
             # A family with files of its own would change them.
             seconds = 0.0 if model.describe() else dry_step()
+            lines = [*model.notes(), *model.engine_notes()]
             if position.step == 0:
-                lines = describe(plan, model, runtime, device, seconds)
-                for line in [*lines, f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]:
-                    job.log(line)
+                lines += describe(plan, model, micro_rows, device, seconds)
+                lines += [f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]
+            for line in lines:
+                job.log(line)
         committed, committed_at = position.step, time.monotonic()
         observer.begin(position.step)
         batches = rows.prefetch(position.step, plan.steps, rank, world)
@@ -174,8 +176,6 @@ def train(job: Job) -> Outcome:
                     continue
                 position.step = done
                 # ---- log? evaluate? sample? commit? stop asked?
-                if said := kernels.news():
-                    job.log(said)
                 if updated:
                     lr = optimizer.groups[0].lr * multipliers.lr
                     observer.step(done, batch_loss, lr, grad, model)
@@ -188,7 +188,7 @@ def train(job: Job) -> Outcome:
                 if runtime.hub and done % runtime.hub.every_steps == 0:
                     job.push(done, state.weights())
                 asked = asked or (world == 1 and job.stop.asked)  # since the numbers were taken
-                waits = done - committed >= runtime.checkpoint_every_steps or model.sweep_end()
+                waits = model.sweep_end() or done - committed >= runtime.checkpoint_every_steps
                 if is_last or asked or late or improved or waits:
                     state.commit(observer)
                     committed, committed_at = done, time.monotonic()

@@ -186,6 +186,30 @@ def test_an_exported_copy_runs_on_references():
     assert "import triton" not in Path(kernels.__file__).read_text(encoding="utf-8")
 
 
+def test_runtime_kernels_is_checked_by_name_and_value():
+    from lib.core.refusal import Refused
+    from lib.core.run_settings import Runtime
+
+    assert Runtime(kernels={"default": "auto", "scan": "reference"}).kernels["scan"] == "reference"
+    for wrong in ({"scn": "auto"}, {"scan": "tritn"}):
+        with pytest.raises(Refused, match=r"kernels\.sc"):
+            Runtime(kernels=wrong)
+
+
+def test_a_checkpoint_records_what_was_asked_and_what_ran(monkeypatch):
+    from lib.train.state import stack_of
+
+    kernels.configure("auto", "a test", CPU)
+    assert stack_of(CPU, torch.float32)["kernels"] == "reference"
+    usable(monkeypatch)
+    monkeypatch.setattr(kernels, "_triton", lambda: type("T", (), {"__version__": "3.7.1"}))
+    assert stack_of(CPU, torch.float32)["kernels"] == "auto, triton 3.7.1"
+    kernels.configure({"scan": "reference"}, "a test", CPU)
+    assert "scan=reference" in stack_of(CPU, torch.float32)["kernels"]
+    assert not kernels.decide("scan", CPU, torch.float32)
+    assert kernels.summary() == "reference (asked for)"
+
+
 def test_report_has_a_row_for_every_operator():
     rows = kernels.report(CPU, torch.float32)
     assert [row.operator for row in rows] == list(OPERATORS)

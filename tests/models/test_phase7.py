@@ -220,6 +220,8 @@ def test_every_parameter_has_a_gradient_after_one_step(name, config):
 def test_groups_have_their_rates():
     model = make()
     groups = {g.name: g for g in model.param_groups(Optim(lr=1e-3, steps=300))}
+    for each in (model, make(phase8(), name="phase8")):
+        assert each.param_groups(Optim(lr=1e-3))[0].lr == 1e-3  # what the log line shows
     assert groups["table"].lr == pytest.approx(8e-3) and groups["table"].weight_decay == 0
     assert groups["scores"].lr == pytest.approx(0.01) and not groups["scores"].scheduled
     assert groups["matrices"].weight_decay == 0.1
@@ -363,3 +365,15 @@ def test_activation_checkpointing_changes_nothing():
     backward(saving, batch())
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", ["phase7", "phase8"])
+def test_weights_of_another_model_are_refused_with_what_differs(name):
+    from lib.core.errors import UserError
+
+    config: Any = SMALL if name == "phase7" else phase8()
+    model = make(config, name=name)
+    model.refuse_weights(config)
+    with pytest.raises(UserError, match="tt_lr 4") as caught:
+        model.refuse_weights(replace(config, tt_lr=4.0))
+    assert caught.value.code == 2

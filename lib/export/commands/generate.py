@@ -32,9 +32,7 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
             value=f"--n {arguments.n} --max-new-tokens {arguments.max_new_tokens}",
             remedy="ask for 1 or more",
         )
-    if arguments.model and arguments.checkpoint:
-        raise UserError("two models named", value=arguments.checkpoint, remedy="name one")
-    opened, device = _open(arguments, root)
+    opened, device = open_named(arguments, root)
     note(saved.describe(opened))
     if arguments.score:
         _score(arguments, opened, device)
@@ -42,7 +40,10 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     _generate(arguments, opened, sampling, device)
 
 
-def _open(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened, Any]:
+def open_named(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened, Any]:
+    """The model that the command line names, and its device."""
+    if arguments.model and arguments.checkpoint:
+        raise UserError("two models named", value=arguments.checkpoint, remedy="name one")
     from lib.train.precision import pick_device
 
     device = pick_device(arguments.device)

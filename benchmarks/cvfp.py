@@ -1,0 +1,265 @@
+"""CVFP against what it must beat: the matrix rate, a direct implementation, plain reads, a ceiling.
+
+`python -m benchmarks.cvfp [rates|start|reading|memory]`: ratios of both sides in one process, each
+the best of several turns taken in turn, so that a busy machine strikes both. Six layers, width 768.
+With one thread the clock is the process's own CPU time, which hardly feels other work.
+Memory runs in children of its own: peak resident bytes of sweeps over 1 M and 4 M tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.core.chunkstore import RowFile, stored
+from lib.models import cvfp
+from lib.models.base import build
+from lib.nn.context import halo
+from lib.nn.fixed_point import HALO_ROWS
+
+D, DEPTH, VOCAB = 768, 6, 50_257
+LEARNING_FLOPS = 20.1e6  # a token: forward and backward of the state side, cvfp.md 15.2
+TWO_PASS_FLOPS = 27.2e6
+FORWARD_FLOPS = 7.1e6
+
+
+class Ids:
+    """A Zipf stream of a fixed length, its vectors in the model's table."""
+
+    has_rows, reset_id = False, None
+
+    def __init__(self, tokens: int, vocab: int = VOCAB) -> None:
+        self.tokens, self.vocab = tokens, vocab
+
+    def table(self) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(1)
+        return nn.functional.layer_norm(torch.randn(self.vocab, D, generator=draw), (D,))
+
+    def ids(self, start: int, stop: int) -> torch.Tensor:
+        draw = np.random.default_rng(start)
+        return torch.from_numpy(np.minimum(draw.zipf(1.2, stop - start) - 1, self.vocab - 1))
+
+    def starts(self, start: int, stop: int) -> torch.Tensor:
+        return torch.zeros(stop - start, dtype=torch.bool)
+
+
+def model_of(tokens: int, chunk: int, folder: Path, kept: int) -> cvfp.Model:
+    config = cvfp.Config(
+        phase="fixed_point", width=D, seed_compat=True, chunk_tokens=chunk, sweeps=2, depth=DEPTH,
+        keep_contexts=True,
+    )  # fmt: skip
+    model = build(cvfp, config, VOCAB, seed=1)
+    assert isinstance(model, cvfp.Model)
+    model.activation_bytes = kept
+    model.read_from(Ids(tokens))
+    model.attach(folder)
+    return model
+
+
+def step(model: cvfp.Model, number: int) -> None:
+    """One chunk: losses, gradients."""
+    batch: Any = SimpleNamespace(tokens=None, targets=None, step=number, rows=None)
+    for loss in model.losses(batch):
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+class Direct(nn.Module):
+    """The algorithm written down as it reads: concatenation, linear, relu, norm, autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(DEPTH))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(DEPTH))
+
+    def forward(self, z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        for linear, norm in zip(self.layers, self.norms, strict=True):
+            z = norm(z + torch.relu(linear(torch.cat((z, e), -1))))
+        return z
+
+    def learn(self, c: torch.Tensor, e: torch.Tensor) -> None:
+        """One step over the whole chunk, one graph."""
+        new = self(c + 0.1 * torch.randn_like(c), e)
+        diversity = -(new - new.mean(0)).norm() / len(new)
+        (0.5 * (new - c).square().mean() + 0.5 * diversity).backward()
+        self.zero_grad(set_to_none=True)
+
+
+def clock() -> float:
+    """Seconds: of this process's CPU where it has one thread, else of the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def matmul(n: int = 1024) -> float:
+    """FLOP/s of one turn of the matmuls that a micro-batch is made of."""
+    a, w = torch.randn(n, D), torch.randn(D, D)
+    start = clock()
+    for _ in range(10):
+        torch.mm(a, w)
+        torch.mm(a.t(), a)
+    return 20 * 2 * n * D * D / (clock() - start)
+
+
+def best(sides: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
+    """The best rate of each side, measured in turn."""
+    found = dict.fromkeys(sides, 0.0)
+    for _ in range(turns):
+        for name, side in sides.items():
+            found[name] = max(found[name], side())
+    return found
+
+
+def timed(work: Callable[[], object], tokens: int) -> float:
+    start = clock()
+    work()
+    return tokens / (clock() - start)
+
+
+def rates(folder: Path, tokens: int, turns: int) -> None:
+    """Learning, kept and in two passes, against the matrix rate and the direct implementation."""
+    os.environ["KUMIKI_SCRATCH"] = str(folder)
+    kept = model_of(tokens, tokens, folder / "kept", 2**40)
+    twice = model_of(tokens, tokens, folder / "twice", 0)
+    for model in (kept, twice):
+        step(model, 0)
+    direct = Direct()
+    e, c = kept.embed(kept.source.ids(0, tokens)).detach(), torch.randn(tokens, D)
+    found = best(
+        {
+            "matmul": matmul,
+            "kept": lambda: timed(lambda: step(kept, 1), tokens),
+            "two passes": lambda: timed(lambda: step(twice, 1), tokens),
+            "direct": lambda: timed(lambda: direct.learn(c, e), tokens),
+        },
+        turns,
+    )
+    rate = found["matmul"]
+    say(f"matmul {rate / 1e9:.0f} GFLOP/s, fp32, {torch.get_num_threads()} threads")
+    for name, flops in (("kept", LEARNING_FLOPS), ("two passes", TWO_PASS_FLOPS)):
+        share, times = found[name] * flops / rate, found[name] / found["direct"]
+        say(f"{name}: {found[name]:,.0f} tokens/s, {share:.2f} of the bound, {times:.2f} x direct")
+    say(f"direct: {found['direct']:,.0f} tokens/s")
+
+
+def start(folder: Path, tokens: int, turns: int) -> None:
+    """Sweep 0 by segments against one token at a time, the same weights."""
+    os.environ["KUMIKI_SCRATCH"] = str(folder)
+    model, few = model_of(tokens, tokens, folder / "start", 0), 256
+    weights = model.weights()
+    P = weights.token_side(model.embed(model.source.ids(0, tokens)).detach())
+    direct, zero = Direct(), torch.zeros(D)
+    e = model.embed(model.source.ids(0, few)).detach()
+    fast = {
+        "segment": max(64, -(-tokens // HALO_ROWS)), "warm": 24, "tol": 1e-6,
+    }  # fmt: skip
+
+    @torch.no_grad()
+    def segments() -> None:
+        halo(zero, lambda at: [p[at.clamp(min=0)] for p in P], tokens, weights, **fast)
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        z = zero
+        for row in e:
+            z = direct(z, row)
+
+    found = best(
+        {
+            "matmul": matmul,
+            "segments": lambda: timed(segments, tokens),
+            "token by token": lambda: timed(one_by_one, few),
+        },
+        turns,
+    )
+    times = found["segments"] / found["token by token"]
+    bound = found["segments"] * FORWARD_FLOPS / found["matmul"]
+    say(f"segments: {found['segments']:,.0f} tokens/s, {bound:.2f} of the bound, {times:.0f} x "
+        f"token by token ({found['token by token']:,.0f})")  # fmt: skip
+
+
+def reading(folder: Path, tokens: int, turns: int) -> None:
+    """Rows through the store against plain sequential reads of the same file."""
+    kind, items = stored("float16", D)
+    path = folder / "rows.npy"
+    file = RowFile.create(path, kind, (tokens, items), {})
+    block = np.ones((8192, items), kind)
+    for first in range(0, tokens, 8192):
+        file.write(first, block[: min(8192, tokens - first)])
+    file.sync()
+
+    def plain() -> None:
+        buffer = bytearray(16 << 20)
+        with path.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+    def ours() -> None:
+        for _ in file.stream(0, tokens, 1024):
+            pass
+
+    size = path.stat().st_size
+    found = best({"plain": lambda: timed(plain, size), "store": lambda: timed(ours, size)}, turns)
+    say(f"reading: {found['store'] / 1e6:,.0f} MB/s, plain {found['plain'] / 1e6:,.0f} MB/s, "
+        f"{found['store'] / found['plain']:.2f}")  # fmt: skip
+
+
+def memory(folder: Path, tokens: int) -> None:
+    """Two sweeps over `tokens` tokens in this process; its peak resident bytes."""
+    os.environ["KUMIKI_SCRATCH"] = str(folder)
+    chunk = min(tokens, 1_000_000)
+    model = model_of(tokens, chunk, folder / "memory", 2**30)
+    began = time.perf_counter()
+    for number in range(-(-tokens // chunk) + 1):
+        step(model, number)
+        if time.perf_counter() - began > 1500:
+            break
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    say(f"memory: {tokens:,} tokens, {number + 1} chunks, peak {peak:.2f} GB, "
+        f"{time.perf_counter() - began:.0f} s")  # fmt: skip
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("rates", "start", "reading", "memory"))
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the files go, default a new folder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+        folder, turns = Path(place), arguments.turns
+        if arguments.part in (None, "rates"):
+            rates(folder, arguments.tokens or 8192, turns)
+        if arguments.part in (None, "start"):
+            start(folder, arguments.tokens or 32_768, turns)
+        if arguments.part in (None, "reading"):
+            reading(folder, arguments.tokens or 400_000, turns)
+        if arguments.part == "memory":
+            memory(folder, arguments.tokens or 1_000_000)
+        if arguments.part is None:
+            for tokens in (1_000_000, 4_000_000):
+                words = ["memory", "--tokens", str(tokens), "--threads", str(arguments.threads)]
+                subprocess.run([sys.executable, "-m", "benchmarks.cvfp", *words], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+"""The checks of `kumiki doctor`: each gives one row, none of them raises.
+
+Rule:  a capability is tried, not read from a flag: an allocation and a matmul, a kernel launched
+       and compared with its reference, the folder that scratch will lie in.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from lib.core import artifact, files
+from lib.core.errors import KumikiError
+from lib.core.settings import Settings
+from lib.export import tables
+from lib.export.commands.status import gpu_memory, memory
+
+State = Literal["ok", "warn", "fail", "skip"]
+LEAST_PYTHON = (3, 11)
+LEAST_RAM, LEAST_FILES = 4e9, 1024
+VARIABLES = (
+    "KUMIKI_SCRATCH", "KUMIKI_LAUNCHER", "KUMIKI_NPROC", "KUMIKI_RDZV", "KUMIKI_NNODES",
+    "KUMIKI_SBATCH", "KUMIKI_CODE_CHANGE", "KUMIKI_DEBUG", "CUDA_VISIBLE_DEVICES", "HF_TOKEN",
+    "HF_HOME", "HF_DATASETS_CACHE", "TIKTOKEN_CACHE_DIR", "WANDB_MODE", "WANDB_API_KEY",
+    "TRITON_INTERPRET", "NO_COLOR",
+)  # fmt: skip
+SECRET = ("HF_TOKEN", "WANDB_API_KEY")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One capability."""
+
+    name: str
+    state: State
+    found: str
+    needed: str = ""
+    remedy: str = ""
+
+    def plain(self) -> dict[str, str]:
+        """For JSON."""
+        return asdict(self)
+
+
+def all_rows(settings: Settings, family: str | None) -> Iterator[Row]:
+    """Everything but kernels and rates."""
+    yield from packages()
+    yield from torch_rows()
+    yield from triton_rows(settings, family)
+    yield from machine_rows()
+    yield from scratch_rows()
+    yield from tool_rows()
+    yield from variable_rows()
+
+
+# ---------------------------------------------------------------- software
+
+
+def packages() -> Iterator[Row]:
+    """Python, and every package of constraints.txt that is installed, against its pin."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = sys.version_info >= LEAST_PYTHON
+    yield Row("python", "ok" if good else "fail", version, ">= 3.11", "install Python 3.11")
+    path = Path("constraints.txt")
+    pins = re.findall(r"^([\w.\-]+)==(\S+)", path.read_text(), re.M) if path.is_file() else []
+    other = []
+    for name, pin in pins:
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not wanted here
+        if found.split("+")[0] != pin:
+            other.append(f"{name} {found} instead of {pin}")
+    told = "; ".join(other) if other else f"{len(pins)} pins hold"
+    remedy = "pip install -c constraints.txt -e ."
+    yield Row("packages", "warn" if other else "ok", told, "constraints.txt", remedy)
+
+
+def torch_rows() -> Iterator[Row]:
+    """An allocation and a matmul on every device that torch sees."""
+    import torch
+
+    yield Row("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    x = torch.ones(8, 8)
+    yield Row("torch on CPU", "ok" if bool((x @ x == 8).all()) else "fail", "matmul", "right")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        found = "no device answers" if built else "this build has no CUDA"
+        yield Row("GPU", "warn" if built else "skip", found, "", "install a matching driver")
+        return
+    for index in range(torch.cuda.device_count()):
+        yield _gpu_row(index)
+
+
+def _gpu_row(index: int) -> Row:
+    import torch
+
+    try:
+        made = torch.ones(8, 8, device=f"cuda:{index}")
+        right = bool((made @ made == 8).all())
+    except RuntimeError as error:
+        return Row(f"GPU {index}", "fail", str(error).splitlines()[0], "", "check the driver")
+    about = torch.cuda.get_device_properties(index)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    found = f"{about.name}, {tables.size(about.total_memory)}, sm_{about.major}{about.minor}"
+    found += ", bf16" if bf16 else ", fp16"
+    return Row(f"GPU {index}", "ok" if right else "fail", found, "a right matmul")
+
+
+def triton_rows(settings: Settings, family: str | None) -> Iterator[Row]:
+    """Whether triton is there, at torch's pin, and whether the profile insists on it."""
+    wanted = getattr(settings.runtime, "kernels", "auto") == "triton"
+    needed = "runtime.kernels: triton" if wanted else "nothing"
+    remedy = "pip install -e '.[triton]', or runtime.kernels: reference"
+    if importlib.util.find_spec("triton") is None:
+        state: State = "fail" if wanted else "skip"
+        yield Row("triton", state, "not installed", needed, remedy)
+        return
+    version, pin = metadata.version("triton"), _pin("triton")
+    mode = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "device"
+    state = "ok" if pin in (None, version) else "warn"
+    yield Row("triton", state, f"{version}, {mode}", f"torch's pin {pin or version}", remedy)
+
+
+def _pin(name: str) -> str | None:
+    """The version that torch's own metadata or constraints.txt asks for."""
+    path = Path("constraints.txt")
+    found = re.search(rf"^{name}==(\S+)", path.read_text(), re.M) if path.is_file() else None
+    return found[1] if found else None
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def kernel_rows(settings: Settings) -> Iterator[Row]:
+    """Every operator launched forward and backward on odd shapes against its reference."""
+    import torch
+
+    from lib import kernels
+    from lib.train.precision import pick_device
+
+    report = getattr(kernels, "report", None)
+    if report is None:
+        yield Row("kernels", "ok", "reference on CPU")
+        return
+    device = pick_device(settings.runtime.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    wanted = getattr(settings.runtime, "kernels", "auto") == "triton"
+    left_out = []
+    for decision in report(device, dtype):
+        broken = decision.error is not None and not decision.error <= 1
+        bound = "" if decision.tolerance is None else f"relative RMS < {decision.tolerance:.1e}"
+        if decision.kernel:
+            found = f"kernel, error {decision.error or 0:.2f} of the bound"
+            yield Row(f"kernel {decision.operator}", "ok", found, bound)
+        elif broken or wanted or decision.reason.startswith("self-test"):
+            found = decision.reason
+            remedy = f"runtime.kernels: {{{decision.operator}: reference}}"
+            yield Row(f"kernel {decision.operator}", "fail", found, bound, remedy)
+        else:
+            left_out.append(decision)
+    if left_out:
+        reasons = "; ".join(dict.fromkeys(d.reason for d in left_out))
+        found = f"reference on {device.type.upper()} for {len(left_out)} operators ({reasons})"
+        yield Row("kernels", "ok", found)
+
+
+# ---------------------------------------------------------------- machine
+
+
+def machine_rows() -> Iterator[Row]:
+    """RAM, swap, memory that may be pinned, file limit."""
+    ram = memory()["ram_bytes"]
+    state: State = "skip" if ram is None else "ok" if ram >= LEAST_RAM else "warn"
+    yield Row("RAM", state, tables.size(ram), "4 GB for small", "close other programs")
+    vram = gpu_memory()["vram_bytes"]
+    if vram is not None:
+        yield Row("VRAM", "ok", tables.size(vram))
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = locked == resource.RLIM_INFINITY
+    yield Row("pinnable memory", "ok", "unlimited" if unlimited else tables.size(locked), "",
+              "ulimit -l, for streamed weights")  # fmt: skip
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    state = "ok" if limit >= LEAST_FILES else "warn"
+    yield Row("open files", state, f"{limit:,}", f"{LEAST_FILES:,}", "ulimit -n 4096")
+
+
+def scratch_rows() -> Iterator[Row]:
+    """The scratch folder: rights, space, file system, mount; and how DVC links its cache."""
+    place = artifact.scratch_root()
+    base = place
+    while not base.exists():
+        base = base.parent if base.parent != base else Path()
+    free, kind, mount = files.free_bytes(place), *file_system(base)
+    good = os.access(base, os.W_OK)
+    remedy = f"sudo chown $USER {base}" if not good else "set KUMIKI_SCRATCH to a larger disk"
+    found = f"{tables.size(free)} free, {kind or 'unknown file system'} at {mount}"
+    state: State = "fail" if not good or kind in ("tmpfs", "ramfs") else "ok"
+    yield Row("scratch", state, found, "writable, on a disk", remedy)
+    wanted = os.environ.get("KUMIKI_SCRATCH", "")
+    if wanted.startswith(("/mnt/", "/media/")) and mount == "/":
+        yield Row("scratch mount", "fail", "on the system's disk", "its own disk", "mount it")
+    own = Path(".dvc/config.local")
+    link = re.search(r"type = (\S+)", own.read_text()) if own.is_file() else None
+    if kind in ("xfs", "btrfs"):
+        yield Row("DVC links", "ok", "reflink", "reflink")
+    else:
+        state = "ok" if link else "warn"
+        yield Row("DVC links", state, link[1] if link else "copies", "hardlink for large outputs",
+                  "make setup-disk")  # fmt: skip
+
+
+def file_system(path: Path) -> tuple[str | None, str]:
+    """(type, mount point) of the file system that holds `path`; from /proc/mounts."""
+    place, best = str(path.resolve()), ("/", None)
+    if Path("/proc/mounts").is_file():
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, point, kind, *_ = line.split()
+            point = point.replace("\\040", " ")
+            inside = place == point or place.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best[0]):
+                best = (point, kind)
+    return best[1], best[0]
+
+
+def tool_rows() -> Iterator[Row]:
+    """git, make, the fast gzip reader."""
+    for name in ("git", "make"):
+        found = shutil.which(name)
+        state: State = "ok" if found else "fail"
+        yield Row(name, state, "present" if found else "absent", "needed", f"install {name}")
+    fast = importlib.util.find_spec("isal") is not None
+    yield Row("igzip", "ok" if fast else "warn", "present" if fast else "absent, slower gzip",
+              "", "pip install isal")  # fmt: skip
+
+
+def variable_rows() -> Iterator[Row]:
+    """Which environment variables of ours are set; secrets as yes or no."""
+    told = [
+        f"{name} {'is set' if name in SECRET else os.environ[name]}"
+        for name in VARIABLES
+        if os.environ.get(name)
+    ]
+    login = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "token"
+    told += ["hub login present"] if login.is_file() else []
+    yield Row("environment", "ok", "; ".join(told) or "nothing set")
+
+
+def online_row() -> Row:
+    """Whether the hub answers."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info("openai-community/gpt2", timeout=10)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        return Row(
+            "hub", "fail", type(error).__name__, "an answer", "check network and HF_ENDPOINT"
+        )
+    return Row("hub", "ok", "answers")
+
+
+# ---------------------------------------------------------------- rates
+
+
+def measure_rates() -> dict[str, float]:
+    """Disk, matmul and AdamW of this machine: what estimates use from then on."""
+    import torch
+
+    from lib.train.precision import compute_dtype, pick_device
+
+    device = pick_device("auto")
+    dtype = compute_dtype("auto", device)
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, device=device, dtype=dtype)
+
+    def matmul() -> None:
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    weights = torch.nn.Parameter(torch.zeros(16 * 2**20))
+    weights.grad = torch.ones_like(weights)
+    adamw = torch.optim.AdamW([weights], fused=True)
+    rates = {
+        "matmul_flops": 2 * n**3 / _best(matmul),
+        "adamw_parameters_per_s": weights.numel() / _best(adamw.step),
+        "disk_bytes_per_s": _disk_rate(64 * 2**20),
+    }
+    if device.type == "cuda":
+        host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty_like(host, device=device)
+
+        def copy(target: Any, source: Any) -> None:
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+
+        rates["h2d_bytes_per_s"] = host.numel() / _best(lambda: copy(there, host))
+        rates["d2h_bytes_per_s"] = host.numel() / _best(lambda: copy(host, there))
+    return rates
+
+
+def _best(call: Callable[[], Any], times: int = 5) -> float:
+    """Seconds of the fastest of some calls, after one that warms up."""
+    call()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _disk_rate(total_bytes: int) -> float:
+    """Bytes/s written to scratch, down to the disk."""
+    place = artifact.scratch_root() / ".rate.part"
+    data = os.urandom(2**20)
+    start = time.perf_counter()
+    try:
+        with files.atomic_file(place) as out:
+            for _ in range(total_bytes // len(data)):
+                out.write(data)
+        return total_bytes / (time.perf_counter() - start)
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def family_rows(family: str) -> Iterator[Row]:
+    """The deep checks: loss at start near ln V, causal, state equals the full forward."""
+    try:
+        yield from _deep(family)
+    except KumikiError as error:
+        yield Row(f"model {family}", "fail", str(error))
+
+
+def _deep(family: str) -> Iterator[Row]:
+    import math
+
+    import torch
+
+    from lib.core import params
+    from lib.models.base import build, load_family
+
+    settings = params.load()
+    config = settings.model.get(family) or load_family(family).Config()
+    V = 300
+    model = build(load_family(family), config, V, seed=0).eval()
+    count = sum(p.numel() for p in model.parameters())
+    yield Row(f"{family} parameters", "ok", f"{count:,}")
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (2, 17), generator=draw)
+    with torch.no_grad():
+        whole, _ = model(tokens)
+        first, state = model(tokens[:, :9])
+        rest, _ = model(tokens[:, 9:], state)
+        other = tokens.clone()
+        other[:, -1] = (other[:, -1] + 1) % V
+        changed, _ = model(other)
+    error = float((torch.cat([first, rest], 1) - whole).abs().max())
+    yield _judged(f"{family} state", error, 1e-3, "cached = full forward")
+    error = float((changed[:, :-1] - whole[:, :-1]).abs().max())
+    yield _judged(f"{family} causality", error, 0.0, "earlier logits stay")
+    loss = float(torch.nn.functional.cross_entropy(whole[0, :-1, :V], tokens[0, 1:]))
+    yield _judged(f"{family} first loss", abs(loss - math.log(V)), 0.5, "near ln V")
+
+
+def _judged(name: str, error: float, bound: float, needed: str) -> Row:
+    state: State = "ok" if error <= bound else "fail"
+    return Row(name, state, f"off by {error:.2g}", f"{needed}, within {bound:g}")

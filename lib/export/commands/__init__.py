@@ -1,0 +1,1 @@
+"""One module a command of `kumiki`, imported when the command is called."""

@@ -1,0 +1,219 @@
+"""`kumiki chat`: turns with a trained model; its state carries over from turn to turn.
+
+Law:   a reply equals what the full forward pass over the whole conversation would give.
+Rule:  a model without a chat template continues text, and one line says so. When the context is
+       full, the oldest turns go, said once (cli.md 3.6).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lib.core import files
+from lib.core.errors import Interrupted, UserError, relative
+from lib.export import saved
+from lib.export.commands.generate import open_named
+from lib.export.console import note, write
+from lib.export.generate import Generation, Sampling, TextStream
+from lib.export.saved import Opened
+
+HELP = "/reset, /seed N, /temp X, /save FILE, /quit"
+CHAT_IDS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+
+
+@dataclass
+class Turn:
+    """One message and the ids that stand for it."""
+
+    role: str
+    content: str
+    ids: list[int]
+
+
+@dataclass
+class Conversation:
+    """The turns so far, as ids for the model."""
+
+    opened: Opened
+    sampling: Sampling
+    max_new_tokens: int
+    stop: Sequence[str]
+    chat: bool  # whether turns are framed by the template's ids
+    turns: list[Turn] = field(default_factory=list)
+    dropped: bool = False
+    device: Any = "cpu"
+
+    def add(self, role: str, content: str) -> None:
+        """Append a message."""
+        text = "\n" + content if role == "user" and self.turns and not self.chat else content
+        ids = [int(i) for i in self.opened.tokenizer.encode(text)] if text else []
+        if self.chat:
+            specials = self.opened.tokenizer.specials
+            name = "assistant" if role == "assistant" else "user"
+            ids = [specials[f"<|{name}_start|>"], *ids, specials[f"<|{name}_end|>"]]
+        self.turns.append(Turn(role, content, ids))
+
+    def prompt(self) -> list[int]:
+        """All turns as ids, the oldest left out where the context is full."""
+        opening = [self.opened.tokenizer.specials[CHAT_IDS[2]]] if self.chat else []
+        room = self.opened.model.max_context
+        start = self.opened.start_ids
+        fixed = len(start) + len(opening) + 1
+        kept: list[int] = []
+        for turn in reversed(self.turns):
+            if room is not None and fixed + len(kept) + len(turn.ids) > room:
+                break
+            kept = turn.ids + kept
+        else:
+            return start + kept + opening
+        if not kept and room is not None:  # one message longer than the context: its end stays
+            kept = self.turns[-1].ids[fixed - room :]
+        if not self.dropped:
+            note("note: the context is full, the oldest turns are left out")
+            self.dropped = True
+        return start + kept + opening
+
+    def reply(self) -> Iterator[str]:
+        """The reply as it grows; it is appended at its end, also when Ctrl-C ends it."""
+        from lib.export.hf import stop_ids
+
+        ids = self.prompt()
+        room = self.opened.model.max_context
+        new = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(ids))
+        stream = TextStream(self.opened.tokenizer.decode_bytes, self.stop)
+        generation = Generation(
+            self.opened.model, ids or self.opened.start_ids, self.sampling,
+            max_new_tokens=max(1, new), stop_ids=stop_ids(self.opened.tokenizer),
+            device=self.device,
+        )  # fmt: skip
+        said = ""
+        try:
+            for made in generation:
+                if made[0] is not None:
+                    said += (text := stream.feed(made[0]))
+                    yield text
+                if stream.stopped:
+                    break
+            said += (text := stream.finish())
+            yield text
+        except KeyboardInterrupt:
+            generation.rows[0].stop = "interrupted"
+            note("interrupted; go on, or Ctrl-C again to leave")
+        finally:
+            self.add("assistant", said)
+
+
+def run(arguments: argparse.Namespace, root: Path | None) -> None:
+    """Open the model, then one message, JSON lines, or a conversation."""
+    opened, device = open_named(arguments, root)
+    note(saved.describe(opened))
+    talk = Conversation(
+        opened, sampling_of(arguments), arguments.max_new_tokens, arguments.stop,
+        has_template(opened, arguments.template), device=device,
+    )  # fmt: skip
+    note(f"seed {talk.sampling.seed}, temperature {talk.sampling.temperature}")
+    if not talk.chat:
+        note("note: base model, it continues text")
+    if arguments.system:
+        talk.add("system", arguments.system)
+    if arguments.once is not None:
+        talk.add("user", arguments.once)
+        answer(talk, arguments.json)
+        if sys.stdout.isatty():
+            write("\n")
+    elif arguments.json:
+        for line in sys.stdin:
+            talk.add("user", message_of(line))
+            answer(talk, True)
+    else:
+        converse(talk)
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """The sampling options of the command line."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return Sampling(**{name: getattr(arguments, name) for name in names})
+
+
+def has_template(opened: Opened, wanted: str) -> bool:
+    """Whether turns are framed: the tokenizer has the ids, and the model was trained with them."""
+    specials = opened.tokenizer.specials
+    able = all(name in specials for name in CHAT_IDS)
+    if wanted == "chat" and not able:
+        raise UserError(
+            "tokenizer has no chat ids", file=opened.folder, remedy="use --template plain"
+        )
+    card = opened.folder / "chat_template.json"
+    return wanted == "chat" or (wanted == "auto" and able and card.is_file())
+
+
+def message_of(line: str) -> str:
+    """The content of one JSON line `{"role": "user", "content": TEXT}`."""
+    try:
+        value = json.loads(line)
+        if value["role"] == "user" and isinstance(value["content"], str):
+            return value["content"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    remedy = 'write {"role": "user", "content": "..."}'
+    raise UserError("not a message", value=line.strip(), remedy=remedy)
+
+
+def answer(talk: Conversation, as_json: bool = False) -> None:
+    """One reply on stdout."""
+    for text in talk.reply():
+        if not as_json:
+            write(text)
+    if as_json:
+        said = {"role": "assistant", "content": talk.turns[-1].content}
+        sys.stdout.write(json.dumps(said, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+def converse(talk: Conversation) -> None:
+    """Until the end of input, /quit or Ctrl-C at the prompt."""
+    if sys.stdin.isatty():
+        note(HELP)
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            note("")
+            return
+        if not line or line.strip() == "/quit":
+            return
+        if line.startswith("/"):
+            order(talk, line.split())
+            continue
+        talk.add("user", line.rstrip("\n"))
+        answer(talk)
+        write("\n")
+
+
+def order(talk: Conversation, words: list[str]) -> None:
+    """One of the slash commands; a wrong one is told, not fatal."""
+    name, value = words[0], words[1] if len(words) > 1 else ""
+    try:
+        if name == "/reset":
+            talk.turns, talk.dropped = [], False
+        elif name == "/seed":
+            talk.sampling = replace(talk.sampling, seed=int(value))
+        elif name == "/temp":
+            talk.sampling = replace(talk.sampling, temperature=float(value))
+        elif name == "/save" and value:
+            said = [{"role": t.role, "content": t.content} for t in talk.turns]
+            files.write_json(Path(value), said)
+            note(f"saved {len(said)} turns in {relative(value)}")
+        else:
+            note(HELP)
+    except (ValueError, UserError, Interrupted) as error:
+        note(f"error: {error}; {HELP}")

@@ -1,0 +1,132 @@
+"""`kumiki estimate`: download, disk, memory, time of every stage, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from lib.core.errors import EnvError, UserError
+from lib.export import machines, tables
+from lib.export.commands.config import load_profile
+from lib.export.estimate import Cost, costs, fitting
+from lib.export.machines import Machine
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+HEADER = ("stage", "download", "scratch", "RAM", "VRAM", "time", "binds")
+KNOBS = {  # in order of effect
+    "memory": "runtime.device_batch_size, activation_checkpointing, context, then width",
+    "disk": "fewer shards or tokens, then KUMIKI_SCRATCH on a larger disk",
+}
+
+
+def run(arguments: argparse.Namespace, root: Path | None) -> None:
+    """Estimate, print, and exit 4 where it does not fit."""
+    settings, machine = load_profile(arguments.profile), machines.named(arguments.device)
+    if arguments.run and arguments.run not in settings.train:
+        names = ", ".join(n for n in settings.train if n != "defaults")
+        raise UserError("unknown run", value=arguments.run, remedy=f"choose one of {names}")
+    seconds = parse_time(arguments.fit) if arguments.fit else None
+    found = costs(settings, machine, arguments.run)
+    fits = {
+        cost.stage: fitting(cost, seconds)
+        for cost in found
+        if seconds and cost.stage.startswith("train")
+    }
+    lacking = problems(found, machine)
+    if arguments.json:
+        tables.put_json(
+            {
+                "profile": settings.profile,
+                "machine": vars(machine),
+                "stages": [cost.plain() for cost in found],
+                "totals": totals(found),
+                "fit": fits or None,
+                "problems": lacking,
+            }
+        )
+    else:
+        tables.put(shown(settings.profile, machine, found))
+        for stage, fit in fits.items():
+            steps, tokens = f"{fit['steps']:,} steps", tables.count(fit["tokens"])
+            best = tables.count(fit["model_parameters"])
+            tables.put([f"{stage} in {arguments.fit}: {steps}, {tokens} tokens; "
+                        f"the best size for that time is about {best} parameters"])  # fmt: skip
+    if lacking:
+        kind, stage, needed, present = max(lacking, key=lambda p: p[2] / p[3])
+        raise EnvError(
+            f"{kind} too small for {stage}",
+            value=f"{tables.size(needed)} needed, {tables.size(present)} present",
+            remedy=KNOBS["disk" if kind == "disk" else "memory"],
+        )
+
+
+def parse_time(text: str) -> float:
+    """30m, 12h, 7d in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if found is None:
+        raise UserError("not a time", value=text, remedy="write 30m, 12h or 7d")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def totals(found: list[Cost]) -> dict[str, float]:
+    """Sums of bytes and seconds, the largest memory; what is not known is left out."""
+    sums = {
+        name: sum(getattr(cost, name) or 0.0 for cost in found)
+        for name in ("download_bytes", "scratch_bytes", "seconds")
+    }
+    for name in ("ram_bytes", "vram_bytes"):
+        sums[name] = max((getattr(cost, name) or 0.0 for cost in found), default=0.0)
+    return sums
+
+
+def problems(found: list[Cost], machine: Machine) -> list[tuple[str, str, float, float]]:
+    """(what, stage, needed, present) of everything that does not fit."""
+    lacking = []
+    for cost in found:
+        for kind, needed, present in (
+            ("GPU memory", cost.vram_bytes, machine.vram_bytes),
+            ("memory", cost.ram_bytes, machine.ram_bytes),
+        ):
+            if needed is not None and present is not None and needed > present:
+                lacking.append((kind, cost.stage, needed, present))
+    disk = totals(found)["scratch_bytes"]
+    if machine.disk_bytes is not None and disk > machine.disk_bytes:
+        stage = max(found, key=lambda c: c.scratch_bytes or 0.0).stage
+        lacking.append(("disk", stage, disk, machine.disk_bytes))
+    return lacking
+
+
+def shown(profile: str, machine: Machine, found: list[Cost]) -> list[str]:
+    """The table for people, then each model's numbers."""
+    rows: list[tuple[Any, ...]] = [
+        (
+            c.stage, tables.size(c.download_bytes), tables.size(c.scratch_bytes),
+            tables.size(c.ram_bytes), tables.size(c.vram_bytes), tables.duration(c.seconds),
+            c.binds,
+        )
+        for c in found
+    ]  # fmt: skip
+    sums = totals(found)
+    rows.append(
+        ("all known", tables.size(sums["download_bytes"]), tables.size(sums["scratch_bytes"]),
+         tables.size(sums["ram_bytes"]), tables.size(sums["vram_bytes"] or None),
+         tables.duration(sums["seconds"]), "")
+    )  # fmt: skip
+    lines = [f"profile {profile} on {machine.name}; rates {machine.source}", ""]
+    lines += [*tables.lines(rows, HEADER), ""]
+    for cost in found:
+        facts = dict(cost.facts)
+        if "parameters" in facts:
+            lines.append(
+                f"{cost.stage}: {facts['parameters']:,} parameters ({facts['embedding']:,} "
+                f"embedding, {facts['non_embedding']:,} other), {facts['steps']:,} steps, "
+                f"{tables.count(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs, "
+                f"{tables.size(facts['checkpoint_bytes'])} a checkpoint, "
+                f"{facts['tokens_per_s']:,.0f} tokens/s"
+            )
+        elif "contexts_bytes" in facts:
+            parts = [f"{tables.size(facts[f'{n}_bytes'])} {n}" for n in ("embeddings", "contexts")]
+            lines.append(f"{cost.stage}: {' + '.join(parts)}")
+    return lines

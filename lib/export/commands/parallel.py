@@ -1,0 +1,217 @@
+"""`kumiki parallel`: stages side by side, each in a git worktree of its own (pipeline.md 12).
+
+Order: shared upstream here -> a worktree a stage, with this tree's changes, cache, scratch and
+       working state -> `dvc repro` there -> `dvc repro` here, which collects through the run-cache.
+Note:  DVC has no parallel repro, and two in one tree lock each other out. Ctrl-C lets every stage
+       commit; the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from lib.core import artifact, files, params
+from lib.core.errors import EnvError, Interrupted, UserError
+from lib.export import pipeline
+from lib.export.console import note
+
+PLACE = Path(".kumiki/wt")
+FAILED = 255  # what dvc makes of every failure of a stage
+
+
+@dataclass
+class Job:
+    """One stage in its worktree."""
+
+    stage: str
+    folder: Path
+    gpu: str | None
+    code: int | None = None
+
+
+def run(arguments: argparse.Namespace, root: Path | None) -> None:
+    """Prepare, run side by side, collect; the exit code is that of the worst."""
+    wanted, upstream = targets(arguments.stages)
+    if upstream:
+        note(f"shared upstream first: {', '.join(upstream)}")
+        if code := _dvc(["repro", *upstream], Path()):
+            raise _failure(code, upstream)
+    gpus = arguments.gpus.split(",") if arguments.gpus else []
+    if gpus and len(gpus) < min(arguments.jobs, len(wanted)):
+        raise UserError(
+            "fewer GPUs than jobs", value=arguments.gpus, remedy=f"add --jobs {len(gpus)}"
+        )
+    free: Queue[str | None] = Queue()
+    for gpu in gpus or [None] * arguments.jobs:
+        free.put(gpu)
+    running: list[subprocess.Popen[str]] = []
+    jobs = [Job(stage, PLACE / stage.replace("@", "_"), None) for stage in wanted]
+    for job in jobs:
+        prepare(job.folder, job.stage)
+    with _stopping(running) as asked:
+        threads = [threading.Thread(target=_work, args=(job, free, running, asked)) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    finish(jobs, bool(asked))
+
+
+def targets(stages: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(stages to run side by side, those that must be there before), both in the DAG's order.
+
+    A named stage that another named one depends on runs in that one's worktree.
+    """
+    bodies = dict(pipeline.expand(params.read_yaml(Path(params.PARAMS))))
+    unknown = [stage for stage in stages if stage not in bodies]
+    if unknown:
+        raise UserError(
+            "unknown stage", value=unknown[0], remedy=f"choose one of {', '.join(bodies)}"
+        )
+    makers = {out: n for n, b in bodies.items() for out in pipeline.outputs(b)}
+
+    def above(stage: str) -> set[str]:
+        near = {makers[d] for d in bodies[stage].get("deps", []) if d in makers}
+        return near.union(*(above(n) for n in near))
+
+    every = {stage: above(stage) for stage in stages}
+    ends = [s for s in stages if not any(s in every[other] for other in stages)]
+    shared = set().union(*every.values()) - set(stages)
+    return ends, [name for name in bodies if name in shared]
+
+
+# ---------------------------------------------------------------- worktrees
+
+
+def prepare(folder: Path, stage: str) -> None:
+    """A worktree like this tree: local changes, own files, cache, scratch, working state."""
+    _git("worktree", "prune")
+    if not folder.is_dir():
+        files.make_folder(folder.parent)
+        _git("worktree", "add", "--detach", "--force", str(folder), "HEAD")
+    _git("-C", str(folder), "checkout", "--quiet", "--force", "HEAD", "--", ".")
+    changes = _git("diff", "--binary", "HEAD")
+    if changes:
+        subprocess.run(
+            ["git", "-C", str(folder), "apply", "--whitespace=nowarn"], input=changes.encode(),
+            check=True,
+        )  # fmt: skip
+    extra = _git("ls-files", "--others", "--exclude-standard", "-z").split("\0")
+    local = [p.as_posix() for p in Path("data/local").rglob("*") if p.is_file()]
+    for name in [*extra, *local, params.LOCAL]:
+        if name and Path(name).is_file() and not (folder / name).exists():
+            files.make_folder((folder / name).parent)
+            files.link_or_copy(Path(name), folder / name)
+    cache = Path(_git("rev-parse", "--show-toplevel").strip() or ".") / ".dvc/cache"
+    config = f"[cache]\n    dir = {cache}\n"
+    own = Path(".dvc/config.local")
+    config = (own.read_text() if own.is_file() else "") + config
+    files.write_bytes(folder / ".dvc/config.local", config.encode())
+    for run in {stage.partition("@")[2], stage.removeprefix("train_")} - {""}:
+        _share(Path("checkpoints") / run / "work", folder)
+    _share(Path("data/work"), folder)
+
+
+def _share(state: Path, folder: Path) -> None:
+    """Let the worktree's working state be this tree's: a killed stage resumes from either."""
+    files.make_folder(state)
+    target = folder / state
+    if not target.is_symlink():
+        files.make_folder(target.parent)
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.symlink_to(state.absolute(), target_is_directory=True)
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = (done.stderr.strip().splitlines() or ["git failed"])[-1]
+        raise EnvError("git refuses", value=told, remedy="commit, or see git worktree list")
+    return done.stdout
+
+
+# ---------------------------------------------------------------- running
+
+
+def _work(job: Job, free: Queue[str | None], running: list, asked: list[int]) -> None:
+    job.gpu = free.get()
+    try:
+        if asked:
+            job.code = Interrupted.code
+            return
+        environment = {**os.environ, "KUMIKI_SCRATCH": str(artifact.scratch_root().absolute())}
+        if job.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = job.gpu
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro", job.stage], cwd=job.folder, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        running.append(process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            note(f"{job.stage} | {line.rstrip()}")
+        job.code = process.wait()
+        running.remove(process)
+    finally:
+        free.put(job.gpu)
+
+
+@contextlib.contextmanager
+def _stopping(running: list[subprocess.Popen[str]]) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM reach every stage, which commits and ends; a second one kills."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        asked.append(number)
+        for process in list(running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT if len(asked) == 1 else signal.SIGKILL)
+
+    old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def finish(jobs: Sequence[Job], asked: bool) -> None:
+    """Collect what is done, remove its worktree, tell the rest."""
+    done = [job for job in jobs if job.code == 0]
+    failed = [job for job in jobs if job.code != 0]
+    if done and not asked:
+        code = _dvc(["repro", *(job.stage for job in done)], Path())
+        if code:
+            raise _failure(code, [job.stage for job in done])
+    for job in done:
+        _git("worktree", "remove", "--force", str(job.folder))
+    if asked:
+        raise Interrupted("interrupted, finished work is kept; run the same command to continue")
+    if failed:
+        raise _failure(max(job.code or 0 for job in failed), [job.stage for job in failed])
+
+
+def _dvc(words: Sequence[str], folder: Path) -> int:
+    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, check=False,
+                          stdout=sys.stderr)  # fmt: skip
+    return done.returncode
+
+
+def _failure(code: int, stages: Sequence[str]) -> EnvError:
+    return EnvError(
+        "stages failed", value=f"{', '.join(stages)} (code {code})",
+        remedy="the lines above tell why; the same command continues",
+    )  # fmt: skip

@@ -1,0 +1,195 @@
+"""`kumiki scratch`: what lies in $KUMIKI_SCRATCH, who needs it, and copies by key (cli.md 3.12).
+
+Rule:  gc removes only keys that no manifest of the workspace and no dvc.lock of any branch names;
+       a branch whose manifest cannot be read keeps everything. Working state is never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.core import artifact, files
+from lib.core.artifact import Manifest
+from lib.core.errors import InputError, UserError
+from lib.export import pipeline, tables
+from lib.export.console import note
+
+LOCKED = re.compile(r"path: (\S+\.manifest\.json)\n\s+hash: md5\n\s+md5: (\w+)")
+KINDS = ("shards", "tokens", "embeddings")  # what manifests name; the rest is state of runs
+
+
+@dataclass(kw_only=True)
+class Key:
+    """One folder of scratch."""
+
+    kind: str
+    key: str
+    total_bytes: int
+    age_s: float
+    needed_by: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return artifact.scratch_folder(self.kind, self.key)
+
+
+def run(arguments: argparse.Namespace, root: Path | None) -> None:
+    """One of the five actions."""
+    if arguments.action in ("push", "pull"):
+        copy(arguments)
+        return
+    needed, unread = needs()
+    keys = [key for key in listed(needed) if not arguments.key or key.key in arguments.key]
+    if arguments.action == "gc":
+        collect(keys, unread, arguments)
+    elif arguments.action == "verify":
+        verify(arguments)
+    else:
+        show(keys, arguments.json)
+
+
+def show(keys: list[Key], as_json: bool) -> None:
+    """The keys as a table or document."""
+    if as_json:
+        tables.put_json([vars(key) for key in keys])
+        return
+    rows = [
+        (k.kind, k.key, tables.size(k.total_bytes), tables.duration(k.age_s),
+         ", ".join(k.needed_by) or "nobody")
+        for k in keys
+    ]  # fmt: skip
+    tables.put(tables.lines(rows, ("kind", "key", "bytes", "age", "needed by")))
+
+
+def listed(needed: dict[str, list[str]]) -> list[Key]:
+    """Every folder below scratch/<kind>/."""
+    now, root = time.time(), artifact.scratch_root()
+    found = []
+    for folder in sorted(p for p in root.glob("*/*") if p.is_dir()):
+        found.append(
+            Key(
+                kind=folder.parent.name,
+                key=folder.name,
+                total_bytes=pipeline.total_bytes(folder),
+                age_s=max(0.0, now - folder.stat().st_mtime),
+                needed_by=needed.get(folder.name, []),
+            )
+        )
+    return found
+
+
+def needs() -> tuple[dict[str, list[str]], list[str]]:
+    """(key -> who names it, manifests that some dvc.lock names and nobody can read)."""
+    found: dict[str, list[str]] = {}
+    unread: list[str] = []
+    for path in pipeline.manifests():
+        for folder, _ in pipeline.folders_of(Manifest.read(path)):
+            found.setdefault(folder.name, []).append(path.name)
+    for branch, text in locks():
+        for path, md5 in re.findall(
+            r"path: (\S+\.manifest\.json)\n\s+hash: md5\n\s+md5: (\w+)", text
+        ):
+            cached = Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]
+            own = Path(path)
+            if own.is_file() and pipeline.md5(own) == md5:
+                continue  # the workspace has it, it is counted above
+            if not cached.is_file():
+                unread.append(f"{path} of {branch}")
+                continue
+            for folder, _ in pipeline.folders_of(Manifest.read(cached)):
+                if branch not in found.setdefault(folder.name, []):
+                    found[folder.name].append(branch)
+    return found, unread
+
+
+def locks() -> Iterator[tuple[str, str]]:
+    """(branch, its dvc.lock) of every branch of the repository."""
+    listed = _git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/remotes", "refs/tags")
+    for name in listed.splitlines():
+        if text := _git("show", f"{name}:dvc.lock"):
+            yield name.split("/", 2)[-1], text
+
+
+def _git(*words: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def collect(keys: list[Key], unread: list[str], arguments: argparse.Namespace) -> None:
+    """Remove what nobody needs, after asking."""
+    if unread:
+        raise UserError(
+            "manifest is in no cache, its keys are not known",
+            value=unread[0],
+            remedy="dvc fetch --all-branches --all-tags, or remove keys by hand",
+        )
+    gone = [key for key in keys if key.kind in KINDS and not key.needed_by]
+    show(gone, arguments.json)
+    total = sum(key.total_bytes for key in gone)
+    if not gone or not tables.ask(f"remove {len(gone)} keys, {tables.size(total)}?", arguments.yes):
+        note("nothing removed")
+        return
+    for key in gone:
+        files.remove_tree(key.folder)
+    note(f"removed {len(gone)} keys, {tables.size(total)}")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Hash everything that the manifests name."""
+    problems = pipeline.scratch_problems(full=True)
+    if arguments.json:
+        tables.put_json({"problems": problems})
+    else:
+        tables.put(problems or ["every file is as its manifest says"])
+    if problems:
+        raise InputError(
+            "scratch differs from its manifests",
+            value=f"{len(problems)} files",
+            remedy="run the same `dvc repro` again: it makes what is missing",
+        )
+
+
+def copy(arguments: argparse.Namespace) -> None:
+    """Copy keys to or from a folder: whole, under their own names, those that are not there yet."""
+    if arguments.place is None or "://" in arguments.place:
+        raise UserError(
+            "not a folder",
+            value=arguments.place,
+            remedy="name a folder; mount the remote, or use its own tool on scratch/<kind>/<key>",
+        )
+    here, there = artifact.scratch_root(), Path(arguments.place)
+    source, target = (here, there) if arguments.action == "push" else (there, here)
+    if not source.is_dir():
+        raise UserError("no such folder", value=source, remedy="name the folder of a former push")
+    copied: list[dict[str, Any]] = []
+    for folder in sorted(p for kind in KINDS for p in (source / kind).glob("*") if p.is_dir()):
+        place = target / folder.parent.name / folder.name
+        if place.exists() or (arguments.key and folder.name not in arguments.key):
+            continue
+        total = pipeline.total_bytes(folder)
+        files.check_space(target, total)
+        with files.atomic_folder(place) as part:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                if path.name == artifact.STAMPS or path.suffix == ".lock":
+                    continue  # of this disk, this process
+                out = part / path.relative_to(folder)
+                with files.atomic_file(out) as stream, path.open("rb") as data:
+                    while block := data.read(1 << 20):
+                        stream.write(block)
+        copied.append({"kind": folder.parent.name, "key": folder.name, "bytes": total})
+        note(f"{folder.parent.name}/{folder.name}: {tables.size(total)}")
+    if arguments.json:
+        tables.put_json({"copied": copied})
+    else:
+        tables.put([f"{len(copied)} keys copied to {target}"])

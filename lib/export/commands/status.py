@@ -1,0 +1,138 @@
+"""`kumiki status`: what is done, stale, running or interrupted; from files alone (cli.md 3.8)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lib.core import artifact, files, params
+from lib.core.errors import InputError
+from lib.export import pipeline, tables
+
+
+def run(arguments: argparse.Namespace, root: Path | None) -> None:
+    """Print the table, once or again and again."""
+    while True:
+        found = collect(arguments.verify)
+        if arguments.json:
+            tables.put_json(found)
+        else:
+            if arguments.watch and sys.stdout.isatty():
+                sys.stdout.write("\x1b[2J\x1b[H")
+            tables.put(shown(found))
+        if not arguments.watch:
+            break
+        time.sleep(arguments.watch)
+    if arguments.verify and found["scratch"]["problems"]:
+        raise InputError(
+            "scratch differs from its manifests",
+            value=found["scratch"]["problems"][0],
+            remedy="run the same `dvc repro` again: it makes what is missing",
+        )
+
+
+def collect(verify: bool = False) -> dict[str, Any]:
+    """The JSON document: stages, changed weights to begin from, memory, scratch."""
+    raw = params.read_yaml(Path(params.PARAMS))
+    scratch = artifact.scratch_root()
+    return {
+        "profile": raw.get("profile"),
+        "stages": [state.plain() for state in pipeline.states(raw)],
+        "init_from_changed": changed_starts(),
+        "memory": memory(),
+        "scratch": {
+            "folder": str(scratch),
+            "bytes": pipeline.in_use(scratch),
+            "free_bytes": files.free_bytes(scratch),
+            "problems": pipeline.scratch_problems(verify),
+        },
+    }
+
+
+def changed_starts() -> list[str]:
+    """Runs whose `init_from` weights are no longer those that they began with: DVC cannot see."""
+    found = []
+    for name, settings in params.load().train.items():
+        path = Path("checkpoints") / name / "final/provenance.json"
+        if not settings.init_from or not path.is_file():
+            continue
+        source = Path(settings.init_from) / files.MANIFEST
+        began = files.read_json(path).get("parents", {}).get("init_from")
+        if not source.is_file() or files.sha256_file(source) != began:
+            found.append(name)
+    return found
+
+
+def memory() -> dict[str, int | None]:
+    """Bytes of RAM and of the GPUs, used and in all; None where nothing tells."""
+    table = {}
+    if Path("/proc/meminfo").is_file():
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            table[name] = int(rest.split()[0]) * 1024
+    found: dict[str, int | None] = {
+        "ram_bytes": table.get("MemTotal"),
+        "ram_available_bytes": table.get("MemAvailable"),
+    }
+    return found | gpu_memory()
+
+
+def gpu_memory() -> dict[str, int | None]:
+    """From nvidia-smi, so that torch is not imported."""
+    import shutil
+    import subprocess
+
+    nothing: dict[str, int | None] = {"vram_bytes": None, "vram_used_bytes": None}
+    if shutil.which("nvidia-smi") is None:
+        return nothing
+    query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
+    if done.returncode or not rows:
+        return nothing
+    total, used = (sum(int(row[i]) for row in rows) * 2**20 for i in (0, 1))
+    return {"vram_bytes": total, "vram_used_bytes": used}
+
+
+def shown(found: dict[str, Any]) -> list[str]:
+    """The table for people."""
+    rows = []
+    for state in found["stages"]:
+        told = state["reason"]
+        if state["state"] == "running":
+            told = _running(state)
+        rows.append((state["stage"], state["state"], told))
+    lines = [f"profile {found['profile']}", "", *tables.lines(rows, ("stage", "state", ""))]
+    ram, scratch = found["memory"], found["scratch"]
+    total = ram["ram_bytes"]
+    used = total - (ram["ram_available_bytes"] or 0) if total is not None else None
+    lines += ["", f"RAM {tables.size(used)} of {tables.size(total)} used"]
+    if ram["vram_bytes"] is not None:
+        used_vram = tables.size(ram["vram_used_bytes"])
+        lines.append(f"VRAM {used_vram} of {tables.size(ram['vram_bytes'])} used")
+    size, free = tables.size(scratch["bytes"]), tables.size(scratch["free_bytes"])
+    place = os.environ.get("KUMIKI_SCRATCH", "./scratch")
+    lines.append(f"scratch {size} in {place}, {free} free")
+    lines += [f"missing in scratch: {problem}" for problem in scratch["problems"]]
+    for name in found["init_from_changed"]:
+        lines.append(f"{name}: the weights it began with have changed; dvc repro -f train@{name}")
+    return lines
+
+
+def _running(state: dict[str, Any]) -> str:
+    parts = [f"pid {state['pid']}"]
+    if state["step"] is not None:
+        parts.append(
+            f"step {state['step']:,}" + (f" of {state['steps']:,}" if state["steps"] else "")
+        )
+    if state["tokens_per_s"]:
+        parts.append(f"{state['tokens_per_s']:,.0f} tokens/s")
+    if state["eta_s"] is not None:
+        parts.append(f"{tables.duration(state['eta_s'])} left")
+    if state["loss"] is not None:
+        parts.append(f"loss {state['loss']:.4f}")
+    return ", ".join(parts)

@@ -1,0 +1,667 @@
+"""CVFP: context vectors as the fixed point of a recurrence, and a token model that reads them.
+
+One Model for both phases. `fixed_point`: the context block learns without targets, from
+fixed-point, diversity and memory terms (lib/nn/fixed_point.py). `predict`: token block and head on
+its vectors. forward is the exact recurrence from its state; None = zeros. In: ids (B, T). Out:
+logits (B, T, V).
+Invariant: any split of a sequence into chunks gives the same logits.
+Letters: B rows, T time, V vocabulary, e token width, d context width, L depth, K token layers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib.core import artifact, files
+from lib.core.errors import UserError
+from lib.core.refusal import refuse
+from lib.core.rng import torch_generator
+from lib.kernels.linear_cross_entropy import linear_cross_entropy
+from lib.models.base import Batch, Defaults, Family, Group, Optim
+from lib.nn import probes
+from lib.nn.context import EPS, Layer, Weights, initial, shifts, trajectory
+from lib.nn.fixed_point import Exact, Jacobi
+from lib.nn.sweeps import JOURNAL, Sweeps, read_journal
+
+# What null stands for: (the project's value, the original's under seed_compat; cvfp.md 2, 5, 8).
+CHOICES: dict[str, tuple[Any, Any]] = {
+    "solver": ("exact", "jacobi"),
+    "reset": ("document", "never"),
+    "depth": (1, 6),
+    "last_affine": (False, True),
+    "activation": ("relu", "relu"),
+    "input_tokens": (1, 1),
+    "history": (0, 0),
+    "head": ("untied", "untied"),
+    "kind": ("logdet", "mcdl"),
+    "fixed_point": (0.1, 0.5),
+    "diversity": (0.01, 0.5),
+    "memory": (1.0, 0.0),
+    "noise": (0.1, 0.1),
+    "grad": ("bptt", "stale"),
+    "sweeps": (None, 10),
+    "chunk_tokens": (1_000_000, 1_000_000),
+    "wrap": (True, True),
+    "buffers": ("double", "double"),
+    "train_context": (True, False),
+}
+# Free under seed_compat; every other key that contradicts it is refused.
+FREE = ("depth", "sweeps", "chunk_tokens", "diversity", "noise", "buffers", "train_context")
+RHO_ROWS = 64  # rows whose contraction is followed
+DEFECTS = ("ln_skew", "length_weight", "bf16_state", "sequential_start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Section `model.cvfp`; a run overlays its phase. Null has the value of CHOICES."""
+
+    phase: Literal["fixed_point", "predict"] = "predict"
+    width: int = 128  # e, of token vectors: that of the embeddings the run reads
+    context_width: int | None = None  # d; null: e
+    depth: int | None = None  # L
+    token_depth: int | None = None  # K; null: L. Beyond L layers read z^L
+    context: int | None = None  # longest row, null: the recurrence has no limit
+    activation: Literal["relu", "gelu"] | None = None
+    input_tokens: int | None = None  # token vectors that a step reads
+    history: int | None = None  # earlier contexts that the token block reads
+    last_affine: bool | None = None  # gain and offset in the last LN; inflates diversity
+    head: Literal["untied", "tied"] | None = None  # tied: U = E P
+    reset: Literal["document", "never"] | None = None  # where the state is 0
+    # What the token block is given as z; all but `context` are controls (cvfp.md 14).
+    given: Literal["context", "none", "previous", "leaky"] = "context"
+    previous: int = 1  # token vectors of `previous`
+    train_context: bool | None = None  # the predicting phase goes on training f
+    train_embedding: bool = False
+    seed_compat: bool = False  # the original's algorithm, without its defects
+    seed_defects: tuple[str, ...] = ()  # of ln_skew, length_weight, bf16_state, sequential_start
+    # the fixed-point phase
+    solver: Literal["exact", "jacobi", "deer"] | None = None
+    grad: Literal["bptt", "stale"] | None = None
+    fixed_point: float | None = None  # weights of the three terms
+    diversity: float | None = None
+    memory: float | None = None
+    kind: Literal["mcdl", "oacd", "vicreg", "logdet", "sigreg"] | None = None
+    memory_kind: Literal["predict", "recall"] = "predict"
+    horizons: tuple[int, ...] = (1, 2)  # predict: tokens ahead
+    lags: tuple[int, ...] = (1, 2, 4)  # recall: tokens back
+    noise: float | None = None  # sigma
+    micro_tokens: int = 1024  # tokens of a Jacobi micro-batch; fixes the order of sums
+    sweeps: int | None = None  # jacobi: sweep 0 without learning, the others with
+    chunk_tokens: int | None = None  # jacobi: tokens of one step
+    wrap: bool | None = None  # jacobi: the first token follows the last one
+    buffers: Literal["double", "slots"] | None = None
+    spare_chunks: int = 1  # of slots
+    store_dtype: Literal["float16", "bfloat16", "float32", "float64", "int8"] = "float16"
+    halo_tol: float = 1e-6  # rms, of sweep 0
+    converged_mse: float = 0.03  # a token has converged below it
+    stop_at_converged: float | None = None  # share of tokens at which sweeps end
+    keep_contexts: bool = False
+
+    def __post_init__(self) -> None:
+        get, own = self.get, {n: getattr(self, n) for n in CHOICES}
+        fixed = [n for n in CHOICES if n not in FREE]
+        sizes = ("width", "context_width", "depth", "token_depth", "context", "input_tokens")
+        counts = ("previous", "micro_tokens", "chunk_tokens", "spare_chunks")
+        weights = ("fixed_point", "diversity", "memory", "noise")
+        jacobi, first = get("solver") == "jacobi", self.phase == "fixed_point"
+        refuse(
+            *(
+                (self.seed_compat and own[n] not in (None, CHOICES[n][1]), n, own[n],
+                 f"contradicts seed_compat, whose {n} is {CHOICES[n][1]}")
+                for n in fixed
+            ),
+            *(((getattr(self, n) or 1) < 1, n, getattr(self, n), "use 1 or more")
+              for n in (*sizes, *counts)),
+            *((get(n) < 0, n, get(n), "use 0 or more") for n in weights),
+            (get("history") not in (0, 1, 2), "history", get("history"), "use 0, 1 or 2"),
+            *((x not in DEFECTS, "seed_defects", x, f"choose of {', '.join(DEFECTS)}")
+              for x in self.seed_defects),
+            (bool(self.seed_defects) and not self.seed_compat, "seed_defects",
+             ", ".join(self.seed_defects), "only with seed_compat: true"),
+            (self.solver == "deer", "solver", "deer", "it is not built; use exact or jacobi"),
+            (get("solver") == "exact" and get("reset") == "never" and first, "solver", "exact",
+             "one stream (reset: never) has no documents to step in parallel; use jacobi"),
+            (jacobi and own["grad"] == "bptt", "grad", "bptt",
+             "jacobi's gradient is one step long; use grad: stale or solver: exact"),
+            (not jacobi and own["sweeps"] is not None, "sweeps", self.sweeps,
+             "sweeps are jacobi's; give steps, or solver: jacobi"),
+            (jacobi and first and (get("sweeps") or 0) < 2, "sweeps", get("sweeps"),
+             "use 2 or more"),
+            (first and not any(get(n) > 0 for n in weights[:3]), "fixed_point, diversity, memory",
+             0, "one weight must be above 0"),
+            (self.memory_kind == "predict" and not self.horizons, "horizons", "[]", "name one"),
+            (not 0 < self.halo_tol < 1, "halo_tol", self.halo_tol, "use 0 < x < 1"),
+        )  # fmt: skip
+
+    def get(self, name: str) -> Any:
+        """The value of a key, null resolved."""
+        own = getattr(self, name)
+        return CHOICES[name][self.seed_compat] if own is None else own
+
+    @property
+    def d(self) -> int:
+        """Context width."""
+        return self.context_width or self.width
+
+    @property
+    def layers(self) -> int:
+        """K, token layers."""
+        return int(self.token_depth or self.get("depth"))
+
+
+def controls(config: Config) -> dict[str, Config]:
+    """arm -> its Config: what Phase 1 has to be better than, at equal tokens and rates."""
+    base = replace(config, phase="predict", seed_defects=())
+    frozen, end = replace(base, train_context=False), replace(base, train_context=True)
+    return {
+        "none": replace(frozen, given="none"),
+        "previous_1": replace(frozen, given="previous", previous=1),
+        "previous_3": replace(frozen, given="previous", previous=3),
+        "untrained": frozen,
+        "leaky": replace(frozen, given="leaky"),
+        "phase1": frozen,
+        "end_to_end": end,
+        "phase1_end_to_end": end,
+    }
+
+
+def starts_from_weights(arm: str) -> bool:
+    """Whether a control begins with the weights that the run itself began with."""
+    return arm.startswith("phase1")
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """What the table says of the first phase, in one sentence."""
+    found = {row["arm"]: row for row in rows}
+    mine, plain = found.get("phase1"), found.get("untrained")
+    if mine is None or plain is None or mine["bpb"] is None or plain["bpb"] is None:
+        return "Phase 1 is not decided: the arms phase1 and untrained have not both been scored"
+    gain = plain["bpb"] - mine["bpb"]
+    told = f"Phase 1 gains {gain:.4f} bpb over the untrained block"
+    if mine["bpb_sd"] is None or plain["bpb_sd"] is None:
+        return f"{told} (one seed): not decided"
+    spread = ((mine["bpb_sd"] ** 2 + plain["bpb_sd"] ** 2) / 2) ** 0.5  # pooled
+    word = "no difference" if abs(gain) <= 2 * spread else "helps" if gain > 0 else "hurts"
+    return f"{told} (noise {spread:.4f}): {word}"
+
+
+class Model(Family):
+    """Token table -> context block -> token block -> head; which of them depends on the phase."""
+
+    activation_bytes = 2**30  # graphs of a step that may be kept, runtime.activation_bytes
+    seed = 0
+    reset_id: Tensor
+    head: nn.Linear | TiedHead
+    solver: Jacobi | Exact
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.max_context = config, vocab_size, config.context
+        self.learns_contexts = config.phase == "fixed_point"
+        self.whole_steps, self.predicts = self.learns_contexts, not self.learns_contexts
+        get, e, d = config.get, config.width, config.d
+        dtype = torch.bfloat16 if "bf16_state" in config.seed_defects else None
+        self.source: Any = None
+        self.embedding = nn.Embedding(vocab_size, e)
+        self.embedding.weight.requires_grad_(config.train_embedding and self.predicts)
+        self.register_buffer("reset_id", torch.empty((), dtype=torch.int64))  # -1: none
+        L = get("depth") if config.given == "context" else 0
+        self.context_block = nn.ModuleList(
+            Layer(d, d + get("input_tokens") * e, get("last_affine") or i < L - 1, dtype)
+            for i in range(L)
+        )
+        if self.predicts and not get("train_context"):
+            self.context_block.requires_grad_(False)
+        if config.given == "leaky":
+            self.leaky = nn.Linear(e, d, bias=False).requires_grad_(False)
+        self.memory_head = nn.ModuleList()
+        self.token_block = nn.ModuleList()
+        if self.learns_contexts:
+            ahead = config.horizons if config.memory_kind == "predict" else config.lags
+            heads = ahead if get("memory") > 0 else ()
+            self.memory_head.extend(nn.Linear(d, e, bias=False) for _ in heads)
+            self.solver = (
+                Jacobi(self, self._open_sweeps) if get("solver") == "jacobi" else Exact(self)
+            )
+            return
+        width = self._given_width()
+        self.token_block.extend(Layer(e, width + e, dtype=dtype) for _ in range(config.layers))
+        self.head = nn.Linear(e, vocab_size) if get("head") == "untied" else TiedHead(e, vocab_size)
+
+    def _given_width(self) -> int:
+        c = self.config
+        widths = {"none": 0, "previous": c.previous * c.width, "leaky": c.d}
+        return widths[c.given] if c.given in widths else c.d * (1 + c.get("history"))
+
+    # ------------------------------------------------------------ tokens and contexts
+
+    @property
+    def inputs(self) -> Literal["tokens", "embeddings"]:  # type: ignore[override]  # by what was opened
+        """Rows are read where the artefact holds a row for each token."""
+        return "embeddings" if self.source is not None and self.source.has_rows else "tokens"
+
+    def read_from(self, source: Any) -> None:
+        """Take the table and the reset id of an embeddings artefact, and read from it."""
+        table, self.source = source.table(), source
+        if table.shape[1] != self.config.width:
+            raise UserError(
+                "token vectors are of another width",
+                value=f"embeddings {table.shape[1]}, model.cvfp.width {self.config.width}",
+                remedy=f"set model.cvfp.width: {table.shape[1]}",
+            )
+        with torch.no_grad():
+            self.reset_id.fill_(-1 if source.reset_id is None else source.reset_id)
+            self.embedding.weight.copy_(table)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token vectors (..., e): the one way from ids to vectors, in both phases."""
+        e = F.embedding(tokens, self.embedding.weight)
+        if self.predicts and "ln_skew" in self.config.seed_defects:
+            return F.layer_norm(e, e.shape[-1:], eps=EPS)
+        return e
+
+    def weights(self) -> Weights:
+        """The context block as the solvers take it."""
+        return Weights.of(self.context_block, self.config.get("activation") == "gelu")
+
+    def keep_of(self, tokens: Tensor) -> Tensor | None:
+        """0 where a document begins, tokens (T, B); None where nothing is ever reset."""
+        if self.config.get("reset") == "never":
+            return None
+        return tokens.ne(self.reset_id).to(self.embedding.weight.dtype)
+
+    def inputs_of(
+        self, e: Tensor, keep: Tensor | None, last: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """u (T, B, q e) = [e_t; e_{t-1}; ..] and what continues it; e (T, B, e)."""
+        count = self.config.get("input_tokens") - 1
+        last = last or tuple(e.new_zeros(e.shape[1:]) for _ in range(count))
+        earlier, after = shifts(e, keep, last)
+        return torch.cat((e, *earlier), -1), after
+
+    def given(
+        self, e: Tensor, keep: Tensor | None, state: Mapping[str, Any]
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """z of every layer of the token block, L or 1 of (T, B, width), and the new state."""
+        config, B = self.config, e.shape[1]
+        if config.given == "none":
+            return [e[..., :0]], {}
+        if config.given == "previous":
+            last = state.get("tokens") or (e.new_zeros(B, config.width),) * config.previous
+            earlier, after = shifts(e, keep, last)
+            return [torch.cat(earlier, -1)], {"tokens": tuple(after)}
+        c = state["c"] if state else e.new_zeros(B, config.d)
+        if config.given == "leaky":
+            z = self._leaky(e, keep, c)
+            return [F.layer_norm(z, z.shape[-1:], eps=EPS)], {"c": z[-1]}
+        u, tokens = self.inputs_of(e, keep, state.get("tokens"))
+        weights = self.weights()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.get("train_context")):
+            Z = trajectory(c, weights.token_side(u), weights, keep)
+        p = config.get("history")
+        last = state.get("contexts") or (e.new_zeros(B, config.d),) * p
+        earlier, contexts = shifts(Z[-1], keep, last)
+        # the last context itself is c: the next step's reset decides whether it counts
+        after = {"c": Z[-1][-1], "tokens": tuple(tokens), "contexts": tuple(contexts)}
+        return [torch.cat((z, *earlier), -1) if p else z for z in Z], after
+
+    def _leaky(self, e: Tensor, keep: Tensor | None, c: Tensor) -> Tensor:
+        """c_t = a c_{t-1} + sqrt(1 - a^2) R e_t, time constants from 1 to 64 tokens, (T, B, d)."""
+        i = torch.arange(self.config.d, device=e.device, dtype=e.dtype)
+        a = torch.exp(-1 / 2 ** (6 * i / max(1, self.config.d - 1)))
+        x = F.linear(e, self.leaky.weight) * (1 - a.square()).sqrt()
+        found = []
+        for t in range(len(x)):
+            c = a * (c if keep is None else c * keep[t, :, None]) + x[t]
+            found.append(c)
+        return torch.stack(found)
+
+    def hidden(
+        self, tokens: Tensor, state: Mapping[str, Any] | None = None, e: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """tokens (B, T) -> h^K (B, T, e) and the state that continues the rows."""
+        tokens = tokens.t()
+        e = self.embed(tokens) if e is None else e.transpose(0, 1)
+        keep = self.keep_of(tokens)
+        Z, after = self.given(e, keep, state or {})
+        h = e
+        for number, layer in enumerate(self.token_block):
+            assert isinstance(layer, Layer)
+            z = Z[min(number, len(Z) - 1)]
+            grown = F.linear(torch.cat((z, h), -1), layer.weight, layer.bias)
+            h = layer.norm((h + F.relu(grown)).to(layer.norm.weight.dtype)).to(e.dtype)
+        return h.transpose(0, 1), after
+
+    def forward(
+        self, tokens: Tensor, state: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """tokens (B, T) int64 -> logits (B, T, V), and the state that continues the rows."""
+        if self.learns_contexts:  # no head yet: uniform
+            return self.embedding.weight.new_zeros(*tokens.shape, self.vocab_size), {}
+        h, after = self.hidden(tokens, state)
+        weight, bias, h = self._head(h)
+        logits = F.linear(h, weight, bias)
+        return logits if logits.dtype == torch.float64 else logits.float(), after
+
+    def _head(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows (V, e), bias (V,), what they are multiplied with)."""
+        if isinstance(self.head, TiedHead):  # (E P) h = E (P h)
+            return self.embedding.weight, self.head.bias, F.linear(h, self.head.weight)
+        return self.head.weight, self.head.bias, h
+
+    # ------------------------------------------------------------ losses
+
+    def losses(self, batch: Batch) -> Iterator[Tensor]:
+        """The fixed-point terms, or one loss: mean cross-entropy of the batch's targets."""
+        if self.learns_contexts:
+            yield from self.solver.losses(batch)
+            return
+        e = None
+        if self.inputs == "embeddings" and batch.rows is not None:
+            e = self.source.packed(batch.rows).to(batch.tokens.device)
+        losses = self._cross_entropy(batch.tokens, batch.targets, "mean", e)
+        yield losses
+
+    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy by position (B, T); ln V everywhere while there is no head."""
+        if self.learns_contexts:
+            return super().token_losses(tokens, targets)
+        return self._cross_entropy(tokens, targets, "none")
+
+    def _cross_entropy(
+        self, tokens: Tensor, targets: Tensor, reduction: Any, e: Tensor | None = None
+    ) -> Tensor:
+        weight, bias, h = self._head(self.hidden(tokens, e=e)[0])
+        # The operator knows no bias: one more column of ones.
+        h = torch.cat((h, torch.ones_like(h[..., :1])), -1)
+        whole = torch.cat((weight, bias[:, None]), 1)
+        return linear_cross_entropy(
+            h, whole, targets, vocab_size=self.vocab_size, reduction=reduction
+        )
+
+    # ------------------------------------------------------------ weights
+
+    def init_weights(self, seed: int) -> None:
+        """As the contract says; the seed also decides noise and candidates."""
+        self.seed = seed
+        super().init_weights(seed)
+
+    def init_buffers(self) -> None:
+        """No reset id until an artefact names one."""
+        self.reset_id.fill_(-1)
+
+    def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
+        """Blocks by lib.nn.context; LN of N(0, 1) rows as table; head 0; R, Q ~ N(0, 1 / in)."""
+        if name.startswith(("context_block", "token_block")):
+            return initial(name, shape, draw)
+        if name.startswith("head"):
+            return torch.zeros(shape)
+        values = torch.empty(shape).normal_(0, 1, generator=draw)
+        if name.startswith("embedding"):
+            return F.layer_norm(values, values.shape[-1:], eps=EPS)
+        return values / shape[1] ** 0.5
+
+    def take_weights(self, read: Any) -> None:
+        """Those of the first phase, or of a whole model of ours."""
+        found = read(None)
+        if any(name.startswith(("head", "token_output")) for name in found):
+            super().take_weights(read)
+        else:
+            self.take_phase1(found)
+
+    def take_phase1(self, found: Mapping[str, Tensor]) -> None:
+        """Weights of the fixed-point phase: token block and head may be missing, memory heads be
+
+        surplus, all else must be there. The original's own names are understood.
+        """
+        found = {seed_name(name): tensor for name, tensor in found.items()}
+        own = self.state_dict()
+        mine = {n for n in own if not n.startswith(("token_block", "head"))}
+        theirs = {n for n in found if not n.startswith(("memory_head", "token_block", "head"))}
+        wrong = [n for n in sorted(mine ^ theirs) if n not in ("leaky.weight", "reset_id")]
+        wrong += [n for n in sorted(mine & theirs) if own[n].shape != found[n].shape]
+        if wrong:
+            held = tuple(found[wrong[0]].shape) if wrong[0] in found else "absent"
+            needs = tuple(own[wrong[0]].shape) if wrong[0] in own else "none"
+            raise UserError(
+                "weights of the first phase do not fit",
+                value=f"{wrong[0]}: {held}, the model has {needs}",
+                remedy="train train_phase1_cvfp with the same model.cvfp",
+            )
+        same = torch.equal(found["embedding.weight"].float(), own["embedding.weight"].float())
+        if self.source is not None and not same:  # a model without a source takes what comes
+            raise UserError(
+                "the first phase was trained on other token vectors",
+                value=f"{_print_of(found['embedding.weight'])}, not "
+                f"{_print_of(own['embedding.weight'])}",
+                remedy="run `dvc repro train_phase1_cvfp` again",
+            )
+        with torch.no_grad():
+            for name in sorted(mine & theirs):
+                own[name].copy_(found[name])
+
+    def load_phase1(self, folder: Path) -> None:
+        """`take_phase1` of a finished model's folder."""
+        from safetensors.torch import load_file
+
+        self.take_phase1(load_file(folder / "model.safetensors"))
+
+    def param_groups(self, optim: Optim) -> list[Group]:
+        """What learns; contexts and the original know no decay, and Adam's usual betas."""
+        named = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        common: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+        if self.config.seed_compat:
+            common |= {"betas": (0.9, 0.999), "eps": 1e-8}
+        if self.learns_contexts or self.config.seed_compat:
+            return [Group(name="all", params=named, **common)]
+        matrices = {n: p for n, p in named.items() if p.ndim >= 2}
+        rest = {n: p for n, p in named.items() if p.ndim < 2}
+        decay = {"weight_decay": optim.weight_decay, "rule": optim.optimizer}
+        groups = [Group(name="matrices", params=matrices, **common, **decay)]
+        groups.append(Group(name="rest", params=rest, **common))
+        return [group for group in groups if group.params]
+
+    def defaults(self) -> Defaults:
+        """Constant rate; Jacobi's steps are its sweeps over the chunks of the corpus."""
+        if not self.learns_contexts or self.config.get("solver") != "jacobi":
+            return Defaults(schedule="constant" if self.learns_contexts else "cosine")
+        assert self.source is not None, "sweeps go over an embeddings artefact"
+        chunk = min(self.config.get("chunk_tokens"), self.source.tokens)
+        chunks = -(-self.source.tokens // chunk)
+        return Defaults(
+            schedule="constant", batch_tokens=chunk, steps=chunks * self.config.get("sweeps")
+        )
+
+    def flops_per_token(self, T: int) -> int:
+        """6 a weight that a token passes; the table's factorisation is not credited."""
+        own = (self.context_block, self.token_block, self.memory_head)
+        weights = sum(p.numel() for part in own for p in part.parameters() if p.ndim == 2)
+        weights += 0 if self.learns_contexts else self.head.weight.numel()
+        tied = 0 if self.learns_contexts or self.config.get("head") == "untied" else 1
+        return 6 * (weights + tied * self.embedding.weight.numel())
+
+    # ------------------------------------------------------------ state on disk
+
+    _folder: Path | None = None
+    _sweeps: Sweeps | None = None
+
+    @property
+    def stream_rows(self) -> int | None:
+        """Tokens of a step that reads the corpus as one stream; None: packed rows."""
+        streams = self.learns_contexts and self.config.get("solver") == "jacobi"
+        return self.defaults().batch_tokens if streams else None  # type: ignore[return-value]
+
+    def attach(self, folder: Path) -> None:
+        """Remember where the run works; files are opened at the first step."""
+        self._folder = folder
+
+    def _open_sweeps(self) -> Sweeps:
+        if self._sweeps is None:
+            assert self._folder is not None and self.source is not None
+            about, config = self.describe(), self.config
+            chunk = self.stream_rows
+            assert chunk is not None
+            self._sweeps = Sweeps(
+                artifact.scratch_folder("contexts", self._folder.name), about["key"],
+                tokens=self.source.tokens, width=config.d, chunk_tokens=chunk,
+                layout=config.get("buffers"), spare=config.spare_chunks, dtype=config.store_dtype,
+            )  # fmt: skip
+        return self._sweeps
+
+    def describe(self) -> dict[str, Any]:
+        """Which files the checkpoint belongs to; what they hold their journal says."""
+        if self.stream_rows is None or self._folder is None:
+            return {}
+        return {
+            "key": self._folder.name, "layout": self.config.get("buffers"),
+            "dtype": self.config.store_dtype, "tokens": self.source.tokens,
+            "chunk_tokens": self.stream_rows,
+        }  # fmt: skip
+
+    def flush(self) -> None:
+        """Rows durable before the manifest that counts on them."""
+        if self._sweeps is not None:
+            self._sweeps.sync()
+
+    def sweep_end(self) -> bool:
+        """Commit after every chunk: before the first overwrite of what the last one reads."""
+        if self._sweeps is None:
+            return False
+        assert isinstance(self.solver, Jacobi)
+        sweep, chunk = self.solver.place
+        if chunk == self._sweeps.chunks - 1:
+            self._snapshot(sweep + 1)
+        return True
+
+    def _snapshot(self, iteration: int) -> None:
+        """checkpoint_iter_<i>/ in the working folder: weights and statistics, kept."""
+        from safetensors.torch import save_file
+
+        assert self._folder is not None
+        with files.atomic_folder(self._folder / f"checkpoint_iter_{iteration}") as part:
+            state = {
+                n: t.contiguous() for n, t in self.state_dict().items() if n[:9] != "embedding"
+            }
+            with files.library_file(part / "model.safetensors") as temp:
+                save_file(state, temp)
+            files.write_json(part / "stats.json", self.statistics(iteration))
+            entries = artifact.describe(part)
+            recipe = {"fingerprint": self._folder.name, "iteration": iteration}
+            artifact.Manifest(kind="snapshot", recipe=recipe, files=entries).write(
+                part / files.MANIFEST
+            )
+
+    def finish(self) -> None:
+        """Contexts have served; `keep_contexts` spares them."""
+        if self._sweeps is not None and not self.config.keep_contexts:
+            self._sweeps.remove()
+            self._sweeps = None
+
+    # ------------------------------------------------------------ what it tells
+
+    def statistics(self, iteration: int | None = None) -> dict[str, Any]:
+        """`iteration` and, per sweep, the means over its chunks, from the journal."""
+        if self.stream_rows is None or self._folder is None:
+            return {"iteration": iteration, "sweeps": []} if self.learns_contexts else {}
+        # From the journal, not from what this process did: a run may end in another one.
+        folder = artifact.scratch_folder("contexts", self._folder.name)
+        lines = {(x["sweep"], x["chunk"]): x for x in read_journal(folder / JOURNAL)}
+        chunks, found = -(-self.source.tokens // self.stream_rows), []
+        for k in range(self.config.get("sweeps")):
+            of = [lines[k, j] for j in range(chunks) if (k, j) in lines]
+            if len(of) == chunks:
+                names = sorted(set.intersection(*(set(x) for x in of)) - {"chunk", "crc32"})
+                found.append({n: sum(x[n] for x in of) / chunks for n in names})
+        return {"iteration": iteration or len(found), "sweeps": found}
+
+    @torch.no_grad()
+    def diagnostics(self, tokens: Tensor) -> dict[str, float]:
+        """Ranks, contraction and memory of the vectors that the token block reads, rows (B, T)."""
+        tokens = tokens.t()
+        e, keep = self.embed(tokens), self.keep_of(tokens)
+        if self.config.given == "none":
+            return {}
+        Z = self.given(e, keep, {})[0][-1]
+        c = Z.flatten(0, 1)
+        c = probes.sample_rows(c, probes.ROWS)
+        found = {
+            "er_seed": probes.effective_rank(probes.sample_rows(c, probes.SEED_ROWS)),
+            "er": probes.effective_rank(c, centred=True),
+            "pr": probes.participation(c),
+            "mean_share": probes.mean_share(c),
+            "rows": float(len(c)),
+        }
+        mask = torch.ones_like(e[..., 0]) if keep is None else keep
+        found |= {f"r2_{k}": x for k, x in probes.recall(Z, e, mask).items()}
+        if self.config.given == "context":
+            rows = min(RHO_ROWS, tokens.shape[1])
+            u = self.inputs_of(e[:, :rows], None if keep is None else keep[:, :rows])[0]
+            weights = self.weights()
+            P, start = weights.token_side(u), torch.zeros_like(Z[0, :rows, : self.config.d])
+            v = torch.randn(start.shape, generator=torch_generator(self.seed, "rho")).to(start)
+            found["rho"] = probes.contraction(start, P, weights, draw=v)
+        return found
+
+    def log_scalars(self) -> dict[str, float]:
+        """The terms of the last step."""
+        if not self.learns_contexts:
+            return {}
+        n = self.solver.numbers
+        found = {"fixed_point": n.fixed_point, "diversity": n.diversity, "memory": n.memory}
+        if isinstance(self.solver, Jacobi) and self._sweeps is not None:
+            line = self._sweeps.lines.get(self.solver.place, {})
+            found |= {k: v for k, v in line.items() if k not in ("crc32", *found)}
+        return found
+
+    def progress(self) -> str | None:
+        """The guide's five lines and ours, under Jacobi; else one line of the terms."""
+        if not self.learns_contexts:
+            return None
+        n = self.log_scalars()
+        if not isinstance(self.solver, Jacobi) or self._sweeps is None:
+            terms = (f"{name} {n[name]:.4f}" for name in ("fixed_point", "diversity", "memory"))
+            return "  " + " | ".join(terms)
+        (sweep, chunk), disk, d = self.solver.place, self._sweeps, self.config.d
+        start, stop = disk.span(chunk)
+        return "\n".join([
+            f"Iteration {sweep + 1}/{self.config.get('sweeps')}",
+            f"Processing chunk {chunk + 1}/{disk.chunks}: {start}-{stop}",
+            f"  Effective Rank: {100 * n['er_seed'] / d:.1f}% ({n['er_seed']:.0f}/{d})",
+            f"  CVFP Loss: {n['fixed_point']:.4f}",
+            f"  Diversity Loss: {n['diversity']:.4f}",
+            f"  Converged: {100 * n['converged']:.1f}% | rank centred {100 * n['er'] / d:.1f}% | "
+            f"rho {n['rho']:.2f}",
+        ])  # fmt: skip
+
+
+class TiedHead(nn.Module):
+    """P and b_U of the head U = E P."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width))
+        self.bias = nn.Parameter(torch.empty(vocab_size))
+
+
+def seed_name(name: str) -> str:
+    """Our name of a tensor that may bear the original's."""
+    for theirs, ours in (
+        ("context_block.layers.", "context_block."), ("token_block.layers.", "token_block."),
+        (".fnn.0.", "."), (".context_norm.", ".norm."), (".token_norm.", ".norm."),
+        ("token_embedding.", "embedding."), ("token_output.", "head."),
+    ):  # fmt: skip
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _print_of(table: Tensor) -> str:
+    """A short fingerprint of a table, for messages."""
+    return f"{zlib.crc32(table.detach().float().cpu().contiguous().numpy().tobytes()):08x}"
