@@ -131,18 +131,19 @@ def timed(work: Callable[[], object], tokens: int) -> float:
 def rates(folder: Path, tokens: int, turns: int) -> None:
     """Learning, kept and in two passes, against the matrix rate and the direct implementation."""
     os.environ["KUMIKI_SCRATCH"] = str(folder)
-    kept = model_of(tokens, tokens, folder / "kept", 2**40)
+    few = min(tokens, 32_768)  # graphs of more would take too much memory
+    kept = model_of(few, few, folder / "kept", 2**40)
     twice = model_of(tokens, tokens, folder / "twice", 0)
     for model in (kept, twice):
         step(model, 0)
-    direct = Direct()
-    e, c = kept.embed(kept.source.ids(0, tokens)).detach(), torch.randn(tokens, D)
+    direct, e = Direct(), kept.embed(kept.source.ids(0, few)).detach()
+    c = torch.randn(few, D)
     found = best(
         {
             "matmul": matmul,
-            "kept": lambda: timed(lambda: step(kept, 1), tokens),
+            "kept": lambda: timed(lambda: step(kept, 1), few),
             "two passes": lambda: timed(lambda: step(twice, 1), tokens),
-            "direct": lambda: timed(lambda: direct.learn(c, e), tokens),
+            "direct": lambda: timed(lambda: direct.learn(c, e), few),
         },
         turns,
     )
@@ -248,9 +249,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         folder, turns = Path(place), arguments.turns
         if arguments.part in (None, "rates"):
-            rates(folder, arguments.tokens or 8192, turns)
+            rates(folder, arguments.tokens or 131_072, turns)
         if arguments.part in (None, "start"):
-            start(folder, arguments.tokens or 32_768, turns)
+            start(folder, arguments.tokens or 131_072, turns)
         if arguments.part in (None, "reading"):
             reading(folder, arguments.tokens or 400_000, turns)
         if arguments.part == "memory":

@@ -71,7 +71,7 @@ class Plan:
         tables = ids * self.depth * self.context_width * 8  # values and gradients, fp32
         vectors = self.vocab_size * self.width * 4 * 2  # the model's and the source's
         chunk = 60 * min(self.chunk_tokens, self.tokens)  # ids and their table rows, read ahead
-        start = 65_536 * self.context_width * 16
+        start = 131_072 * self.context_width * 8  # the block that sweep 0 holds, and its copy
         return PROCESS_BYTES + 20 * self.params + tables + vectors + chunk + start
 
     def flops(self) -> float:

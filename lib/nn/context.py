@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPS = 1e-5
+SLICE = 4  # time steps whose token side `halo` holds at once
 WEIGHT_SCALE = 15.36  # variance times inputs of first weights: 0.1 at 1,536 inputs
 
 Activation = Callable[[Tensor], Tensor]
@@ -108,12 +109,18 @@ class Weights:
 
 
 def trajectory(
-    c0: Tensor, P: Sequence[Tensor], weights: Weights, keep: Tensor | None = None
+    c0: Tensor,
+    P: Sequence[Tensor],
+    weights: Weights,
+    keep: Tensor | None = None,
+    *,
+    owned: bool = False,
 ) -> list[Tensor]:
     """z^1 .. z^L of all T steps, each (T, B, d) wide; the last one is c.
 
     c0 (B, d); P: L of (T, B, d), `token_side`; keep (T, B), 0 where the state is reset before the
-    step. Differentiable in c0, P and the weights.
+    step. Differentiable in c0, P and the weights. owned: P is the caller's no more, its memory
+    may be written over.
     """
     wide = torch.promote_types(c0.dtype, weights.b[0].dtype)
     mask = None if keep is None else keep.to(wide).unsqueeze(-1)
@@ -121,8 +128,10 @@ def trajectory(
     needs = torch.is_grad_enabled() and any(x.requires_grad for x in (c0, *flat))
     with torch.autocast(c0.device.type, enabled=False):
         if needs:
-            return list(_Trajectory.apply(c0.to(wide), mask, weights.gelu, *flat))  # type: ignore[arg-type]  # a tuple
-        return _step_through(c0.to(wide), mask, weights.gelu, _four(flat))[0]
+            made = _Trajectory.apply(c0.to(wide), mask, weights.gelu, owned, *flat)
+            return list(made)  # type: ignore[arg-type]  # a tuple
+        R = list(P) if owned else [P[0].new_empty(1, *P[0].shape[1:]) for _ in P]
+        return _step_through(c0.to(wide), mask, weights.gelu, _four(flat), R)[0]
 
 
 def _four(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -131,14 +140,16 @@ def _four(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def _step_through(
-    c0: Tensor, keep: Tensor | None, gelu: bool, four: list[Sequence[Tensor]], saves: bool = False
-) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Z of `trajectory`; with `saves` also what backward needs: relu's output, LN's statistics."""
+    c0: Tensor, keep: Tensor | None, gelu: bool, four: list[Sequence[Tensor]], R: list[Tensor]
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Z of `trajectory` and LN's statistics. R: where relu's output (gelu's input) goes, L of
+
+    (T, B, d), P itself where nobody needs it; or of (1, B, d), written over at every step.
+    """
     P, A, gain, offset = four
     T, B, d = P[0].shape
     L, dtype = len(P), P[0].dtype
     Z = [c0.new_empty(T, B, d) for _ in range(L)]
-    R = [P[0].new_empty(T if saves else 1, B, d) for _ in range(L)]
     stats = [(c0.new_empty(T, B, 1), c0.new_empty(T, B, 1)) for _ in range(L)]
     transposed = [a.to(dtype).t() for a in A]
     z = c0
@@ -146,7 +157,7 @@ def _step_through(
         if keep is not None:
             z = z * keep[t]
         for layer in range(L):
-            r = R[layer][t if saves else 0]
+            r = R[layer][t if len(R[layer]) == T else 0]
             torch.addmm(P[layer][t], z.to(dtype), transposed[layer], out=r)
             grown = F.gelu(r) if gelu else r.relu_()  # gelu keeps its input for backward
             y = z + grown
@@ -155,15 +166,17 @@ def _step_through(
             torch.ops.aten.native_layer_norm.out(
                 y, (d,), gain[layer], offset[layer], EPS, out0=z, out1=mean, out2=rstd
             )
-    return Z, R, stats
+    return Z, stats
 
 
 class _Trajectory(torch.autograd.Function):
     """The steps above with backpropagation through time."""
 
     @staticmethod
-    def forward(ctx, c0, keep, gelu, *flat):  # type: ignore[override]
-        Z, R, stats = _step_through(c0, keep, gelu, _four(flat), saves=True)
+    def forward(ctx, c0, keep, gelu, owned, *flat):  # type: ignore[override]
+        P = flat[: len(flat) // 4]
+        R = list(P) if owned else [torch.empty_like(p) for p in P]
+        Z, stats = _step_through(c0, keep, gelu, _four(flat), R)
         L = len(Z)
         ctx.gelu, ctx.has_keep = gelu, keep is not None
         ctx.save_for_backward(
@@ -220,7 +233,16 @@ class _Trajectory(torch.autograd.Function):
             (dp.flatten(0, 1).t() @ z.flatten(0, 1).to(dtype)).to(wide)
             for dp, z in zip(dP, inputs, strict=True)
         ]
-        return (dc if ctx.needs_input_grad[0] else None, None, None, *dP, *dA, *dgain, *doffset)
+        return (
+            dc if ctx.needs_input_grad[0] else None,
+            None,
+            None,
+            None,
+            *dP,
+            *dA,
+            *dgain,
+            *doffset,
+        )
 
 
 def _thirds(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -232,9 +254,9 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def one_step(c: Tensor, P: Sequence[Tensor], weights: Weights) -> Tensor:
-    """f on every row at once: c (n, d), P: L of (n, d) -> (n, d)."""
-    return trajectory(c, [p[None] for p in P], weights)[-1].squeeze(0)
+def one_step(c: Tensor, P: Sequence[Tensor], weights: Weights, *, owned: bool = False) -> Tensor:
+    """f on every row at once: c (n, d), P: L of (n, d) -> (n, d). owned: as in `trajectory`."""
+    return trajectory(c, [p[None] for p in P], weights, owned=owned)[-1].squeeze(0)
 
 
 # ---------------------------------------------------------------- token side by table
@@ -334,17 +356,27 @@ def halo(
     """
     starts = torch.arange(0, count, segment)
     warm = min(warm, segment)
-    kept = (lambda at: None) if keep is None else (lambda at: keep[at.clamp(0, count - 1)])
-    c = c0.expand(len(starts), -1)
-    if len(starts) > 1 and warm:
-        c = torch.zeros_like(c)
-        at = starts[1:] + torch.arange(-warm, 0)[:, None]  # (warm, B - 1)
-        c = torch.cat((c0[None], trajectory(c[1:], token_side(at), weights, kept(at))[-1][-1]))
-    elif len(starts) > 1:
-        c = torch.cat((c0[None], torch.zeros_like(c[1:])))
-    at = starts + torch.arange(segment)[:, None]  # (segment, B)
-    inside = at.clamp(max=count - 1)
-    Z = trajectory(c, token_side(inside), weights, kept(inside))[-1].transpose(0, 1).contiguous()
+
+    def kept(at: Tensor) -> Tensor | None:
+        return None if keep is None else keep[at.clamp(0, count - 1)]
+
+    def advance(c: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
+        """The states after the tokens `at` (T, B), all of them in out (B, T, d)."""
+        for first in range(0, len(at), SLICE):
+            here = at[first : first + SLICE]
+            z = trajectory(c, token_side(here), weights, kept(here), owned=True)[-1]
+            c = z[-1]
+            if out is not None:
+                out[:, first : first + SLICE] = z.transpose(0, 1)
+        return c
+
+    c = c0.new_zeros(len(starts), len(c0))
+    if warm and len(starts) > 1:
+        c[1:] = advance(c[1:], starts[1:] + torch.arange(-warm, 0)[:, None])
+    c[0] = c0
+    inside = (starts + torch.arange(segment)[:, None]).clamp(max=count - 1)  # (segment, B)
+    Z = c0.new_empty(len(starts), segment, len(c0))
+    advance(c, inside, Z)
     begun = c  # (B, d): the state that each segment was stepped from
     while True:
         ends = torch.cat((c0[None], Z[:-1, -1]))

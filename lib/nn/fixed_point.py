@@ -39,7 +39,7 @@ from lib.nn.sweeps import Noise, Sweeps
 
 CANDIDATES = 512  # of the predictive term, the true one included
 EXACT_TOKENS = 32_768  # most tokens of a micro-batch of documents; fixes the order of sums
-HALO_TOKENS = 65_536  # tokens that sweep 0 holds at once
+HALO_TOKENS = 131_072  # tokens that sweep 0 holds at once
 HALO_ROWS = 256  # segments stepped in parallel
 RHO_ROWS, RHO_STEPS = 64, 48
 
@@ -78,7 +78,7 @@ class Terms:
     c: Tensor
     fix: Tensor  # sum of squared differences
     memory: Tensor | None = None  # sum over pairs
-    old: Tensor | None = None  # c of the sweep before
+    moved: Tensor | None = None  # (n,) squared distance to the sweep before
 
 
 @dataclass
@@ -114,8 +114,9 @@ class Objective:
 
     def add(self, terms: Terms) -> None:
         """Sums of pass 1; InputError where a context is not finite: nothing was stored."""
-        if not bool(terms.c.detach().isfinite().all()):
-            bad = int((~terms.c.detach().isfinite().all(-1)).nonzero()[0])
+        finite = terms.c.detach().sum(-1).isfinite()  # a sum of finite ones may overflow as well
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
             raise InputError(
                 "context vectors are not finite",
                 value=f"row {bad} of a micro-batch",
@@ -478,8 +479,9 @@ class Jacobi:
                 if sigma := config.get("noise"):
                     noisy = noisy + sigma * self._noise.rows(k, at, at + len(old)).to(wide)
                 noisy = noisy if keep is None else noisy * keep[here, None]
-                c = one_step(noisy, P, weights)
-                terms = Terms(c=c, fix=(c - old).square().sum(), old=old)
+                c = one_step(noisy, P, weights, owned=True)
+                moved = (c - old).square().sum(-1)
+                terms = Terms(c=c, fix=moved.sum(), moved=moved.detach())
                 if memory.active:
                     picked = ([x[here] for x in xs] for xs in (targets, valid))
                     terms.memory = memory.loss(c, *picked)
@@ -493,8 +495,8 @@ class Jacobi:
             nonlocal converged
             rows = terms.c.detach()
             writer.put(rows)
-            assert terms.old is not None
-            converged += int(((rows - terms.old).square().mean(-1) < config.converged_mse).sum())
+            assert terms.moved is not None
+            converged += int((terms.moved < config.converged_mse * config.d).sum())
             sample.append(probes.sample_rows(rows, max(1, round(share * len(rows)))))
 
         pairs = sum(int(v.sum()) for v in valid)
@@ -549,7 +551,7 @@ class Jacobi:
     def _rho(self, weights: Weights, start: int, stop: int) -> float:
         """Contraction over stretches of the chunk; UserError where the map does not contract."""
         length = min(RHO_STEPS, stop - start)
-        rows = max(1, min(RHO_ROWS, (stop - start) // length))
+        rows = max(1, min(RHO_ROWS, (stop - start) // length // 32))  # a small part of the step
         first = torch.linspace(start, stop - length, rows).long()
         model, source = self.model, self.model.source
         assert source is not None
