@@ -32,7 +32,7 @@ def identity(run: Run) -> dict[str, Any]:
 
 def body(run: Run) -> None:
     """Open the model, write the folder, its manifest last."""
-    from lib.export import hf
+    from lib.export import gguf, hf
     from lib.export.saved import open_folder
 
     folder = run.inputs["model"]
@@ -50,6 +50,9 @@ def body(run: Run) -> None:
     )
     with files.atomic_folder(run.result) as part:
         form = hf.export(what, part, run.settings.export.form)
+        if run.settings.export.gguf:
+            gguf.convert(part)
+            form += ", gguf"
         recipe = {"stage": "export", "inputs": {"model": stage.input_hash(folder)}}
         entries = artifact.describe(part)
         Manifest(kind="export", recipe=recipe, files=entries).write(part / files.MANIFEST)
@@ -58,7 +61,9 @@ def body(run: Run) -> None:
 
 def modules(run: Run) -> list[str]:
     """What is loaded by name or ends up in the folder as source."""
-    family = files.read_json(run.inputs["model"] / "config.json")["family"]
+    from lib.train.final import family_of
+
+    family = family_of(run.inputs["model"])
     return [f"lib.models.{family}", "lib.export.hf", "lib.export.modeling"]
 
 

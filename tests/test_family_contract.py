@@ -72,6 +72,10 @@ TINY: dict[str, list[dict]] = {
     ],
     "phase8": [PHASE8, {**PHASE8, "tt_phase": True}, {**PHASE8, "embedding": "dense"}],
 }
+TINY["ramgpt"] = [
+    {"depth": 2, "width": 16, "heads": 2, "context": T},
+    {"depth": 2, "width": 16, "heads": 4, "context": T, "tie": False, "dropout": 0.1},
+]
 CASES = [
     pytest.param(name, i, id=f"{name}-{i}")
     for name in families()
@@ -101,7 +105,9 @@ def ids(rows: int, length: int) -> Tensor:
 
 def batch(rows: int) -> SimpleNamespace:
     tokens = ids(rows, T + 1)
-    return SimpleNamespace(tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0, rows=None)
+    return SimpleNamespace(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0, first_row=0, rows=None
+    )
 
 
 def test_families_are_the_files():

@@ -8,6 +8,8 @@ here and keeps in its checkpoints), so a new draw somewhere never changes anothe
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,6 +41,20 @@ def torch_generator(
     import torch
 
     return torch.Generator(device=device).manual_seed(derive_seed(seed, purpose, *index))
+
+
+@contextmanager
+def drawing(seed: int, purpose: str, *index: int | str, device: torch.device) -> Iterator[None]:
+    """Inside, torch's default generators draw for one purpose; afterwards they are as before.
+
+    For layers that know no other generator and must draw the same at another time or in another
+    order: masks of a block that is computed again, or on another schedule.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed_global(seed, purpose, *index)
+        yield
 
 
 def seed_global(seed: int, purpose: str, *index: int | str) -> None:

@@ -68,6 +68,7 @@ class Train:
     ema_decay: float = 0.0  # 0 = none; else evaluation and the final model use the average
     ema_ramp: bool = False  # min(decay, (1 + t) / (10 + t))
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is the faster
+    grad_wire: Literal["float32", "bfloat16"] = "float32"  # gradients of a streamed run on the bus
     # what is looked at on the way
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_bytes: int | None = None  # validation text of one of them, null = all
@@ -170,6 +171,15 @@ class Runtime:
     kernels: Literal["auto", "triton", "reference"] | Mapping[str, str] = "auto"
     deterministic: bool = False  # GPU: slower kernels whose sums have one order (the CPU's always)
     shard: Literal["none", "optimizer", "fsdp"] = "none"  # what ranks hold a part of
+    # weights that wait in host memory (lib.nn.stream)
+    stream: Literal["auto", "on", "off"] = "auto"  # auto: where the device cannot hold them
+    stream_group: int | Literal["auto"] = "auto"  # micro-batches that one load of a block serves
+    stream_slots: int = 3  # blocks on the device at once
+    stream_resident: float = 0.0  # share of the blocks that stay on the device
+    stream_boundaries: Literal["auto", "gpu", "host"] = "auto"  # where inputs of blocks wait
+    stream_overlap_optimizer: Literal["auto", "off"] = "auto"  # update beside the next forward
+    stream_pinned: bool = True  # page-locked host memory; false: slower, needs no permission
+    device_memory_gb: float | None = None  # most that the device gives, null: all that is free
     log_every: int = 10  # steps
     checkpoint_every_steps: int = 500  # whichever comes first
     checkpoint_every_minutes: float = 10.0
@@ -189,6 +199,25 @@ class Runtime:
                 for n, x in kernels.items()
             ),
             (isinstance(rows, int) and rows < 1, "device_batch_size", rows, "use 1 or more"),
+            (self.stream_slots < 2, "stream_slots", self.stream_slots, "use 2 or more"),
+            (
+                isinstance(self.stream_group, int) and self.stream_group < 1,
+                "stream_group",
+                self.stream_group,
+                "use auto, or 1 or more",
+            ),
+            (
+                not 0 <= self.stream_resident <= 1,
+                "stream_resident",
+                self.stream_resident,
+                "use 0 to 1",
+            ),
+            (
+                self.device_memory_gb is not None and not self.device_memory_gb > 0,
+                "device_memory_gb",
+                self.device_memory_gb,
+                "use a number above 0, or null",
+            ),
             (self.log_every < 1, "log_every", self.log_every, "use 1 or more"),
             (
                 self.checkpoint_every_steps < 1,
@@ -280,3 +309,4 @@ class Export:
 
     # auto: transformers' own class where it has the architecture, else auto_map, our code
     form: Literal["auto", "native", "auto_map"] = "auto"
+    gguf: bool = False  # model.gguf beside it, by llama.cpp's converter

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lib.core import files
 from lib.core.errors import InputError, UserError, redact
+from lib.export.gguf import has_gguf
+from lib.models.base import Native
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS, TOKENIZER, WEIGHTS = "kumiki.json", "tokenizer", "model.safetensors"
@@ -56,12 +58,14 @@ def export(what: Exportable, folder: Path, form: Form = "auto") -> str:
         raise UserError(
             "no native class", value=f"{what.family}: {reason}", remedy="export.form: auto_map"
         )
+    state = what.model.state_dict()
     if native is not None and form != "auto_map":
-        config, tensors, names = native
+        config, names = dict(native.config), native.names
+        turned = [theirs for theirs, ours in names.items() if ours in native.transposed]
+        tensors = {theirs: _as_theirs(state, ours, native) for theirs, ours in names.items()}
         said = f"native, {config['architectures'][0]}"
     else:
-        state = what.model.state_dict()
-        names = {f"model.{name}": name for name in state}
+        names, turned = {f"model.{name}": name for name in state}, []
         tensors = {theirs: state[ours] for theirs, ours in names.items()}
         config = _auto_map_config(what)
         for name, text in auto_map_sources(what.family).items():
@@ -87,7 +91,8 @@ def export(what: Exportable, folder: Path, form: Form = "auto") -> str:
         "vocab_size": what.tokenizer.vocab_size,
         "boundary": what.boundary,
         "tokenizer": what.tokenizer.fingerprint,
-        "names": names,
+        "names": dict(names),
+        "transposed": sorted(turned),
     }
     _write_json(folder / OURS, ours)
     refuse_leaks(folder)
@@ -100,17 +105,20 @@ def stop_ids(tokenizer: Any) -> list[int]:
     return sorted({i for i in (*named, tokenizer.bos_id, tokenizer.eos_id) if i is not None})
 
 
-def _native(model: Any) -> tuple[tuple[dict, dict[str, Tensor], dict[str, str]] | None, str]:
-    """(config, tensors, their names -> ours) and "", or None and the reason."""
+def _native(model: Any) -> tuple[Native | None, str]:
+    """What transformers has for the model and "", or None and the reason."""
     offered = getattr(model, "hf_native", None)
     if offered is None:
         return None, "transformers has no class for this family"
     try:
-        config, entries = offered()
+        return offered(), ""
     except UserError as error:
         return None, str(error)
-    tensors = {theirs: tensor for theirs, (_, tensor) in entries.items()}
-    return (config, tensors, {theirs: ours for theirs, (ours, _) in entries.items()}), ""
+
+
+def _as_theirs(state: Mapping[str, Tensor], ours: str, native: Native) -> Tensor:
+    tensor = state[ours][: native.rows.get(ours)] if ours in native.rows else state[ours]
+    return tensor.T if ours in native.transposed else tensor
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -227,6 +235,9 @@ def _card(what: Exportable, config: dict[str, Any], form: str) -> str:
     trust = ", trust_remote_code" + "=True" if "auto_map" in config else ""
     params = sum(p.numel() for p in what.model.parameters())
     start = "" if what.tokenizer.bos_id is None else " Begin every text with the bos token."
+    gguf = "There is no GGUF form: llama.cpp has no such graph."
+    if has_gguf(config["architectures"][0]):
+        gguf = "A GGUF form: `python convert_hf_to_gguf.py FOLDER --outfile model.gguf`."
     rows = {
         "family": what.family,
         "parameters": f"{params:,}",
@@ -258,8 +269,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 ```
 
-`kumiki generate FOLDER --prompt TEXT` opens the same folder. There is no GGUF form: its converter
-has no such graph.
+`kumiki generate FOLDER --prompt TEXT` opens the same folder. {gguf}
 """
 
 
@@ -295,14 +305,15 @@ def read_names(folder: Path) -> dict[str, Any]:
     return note
 
 
-def restore(tensors: Mapping[str, Tensor], names: Mapping[str, str], wanted: Mapping[str, Any]):
+def restore(tensors: Mapping[str, Tensor], note: Mapping[str, Any], wanted: Mapping[str, Any]):
     """Tensors of an export under the family's names; cropped vocabulary rows come back as zeros.
 
-    wanted: our name -> shape.
+    note: what `read_names` gives. wanted: our name -> shape.
     """
     state = {}
-    for theirs, ours in names.items():
+    for theirs, ours in note["names"].items():
         tensor, shape = tensors[theirs], tuple(wanted[ours])
+        tensor = tensor.T.contiguous() if theirs in note["transposed"] else tensor
         if tensor.shape[1:] == shape[1:] and len(tensor) < shape[0]:
             rows = torch.zeros(shape[0] - len(tensor), *shape[1:], dtype=tensor.dtype)
             tensor = torch.cat((tensor, rows))

@@ -209,7 +209,7 @@ def _open_export(folder: Path, device: Any) -> Opened:
     family = load_family(note["family"])
     config = typed(family.Config, note["config"], folder / "kumiki.json")
     shapes = shapes_of(family, config, note["vocab_size"])
-    state = restore(read_tensors(folder / WEIGHTS), note["names"], shapes)
+    state = restore(read_tensors(folder / WEIGHTS), note, shapes)
     model = build(family, config, note["vocab_size"], weights=state, device=device)
     return Opened(
         folder=folder,

@@ -13,8 +13,9 @@ Letters: B batch, T context, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -28,7 +29,8 @@ from lib.core.rng import torch_generator
 from lib.models import families, load_family
 
 __all__ = [
-    "STEP", "Batch", "Defaults", "Family", "Group", "Optim", "build", "families", "load_family",
+    "STEP", "Batch", "Defaults", "Family", "Group", "Native", "Optim", "build",
+    "families", "load_family",
 ]  # fmt: skip
 
 
@@ -45,6 +47,7 @@ class Batch(Protocol):
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
     step: int
+    first_row: int  # number of its first row in the step, over all ranks
     rows: Any  # numbers of the packed rows, (B,); None where the batch is none of those
 
 
@@ -94,6 +97,20 @@ class Defaults:
     steps: int | None = None  # where the family's own state decides the length of a run
 
 
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """A class that transformers has for the model: its config, and where our tensors stand there.
+
+    rows: our name -> rows that are written, where ours are padded. transposed: our names of
+    matrices that are stored (in, out) there.
+    """
+
+    config: Mapping[str, Any]
+    names: Mapping[str, str]  # theirs -> ours
+    rows: Mapping[str, int] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+
+
 class Family(nn.Module):
     """Working defaults of every optional method; a Model overrides what it does differently."""
 
@@ -105,6 +122,12 @@ class Family(nn.Module):
     attention: str = "auto"  # engine, runtime.attention; set before `place`
     activation_checkpointing = False  # recompute blocks in backward; set by the trainer
     max_context: int | None = None  # longest row it may be given, None = any
+    rows_share_draws = False  # masks follow the rows of a micro-batch, so a resumed run keeps those
+    # (model, device, dtype) -> engine over weights that stay in host memory, or None: they fit.
+    # Set before `place`; for families that offer lib.nn.stream's Streamable.
+    streamer: Callable[[Any, torch.device, torch.dtype], Any] | None = None
+    engine: Any = None
+    stream_reason = ""  # what the decision was made by
     predicts = True  # its loss is cross-entropy in nats; False: no PPL, no bits per byte
     whole_steps = False  # `losses` gets all rows of a rank's step at once and cuts them itself
     stream_rows: int | None = None  # tokens of a step that reads the corpus as one stream
@@ -188,7 +211,19 @@ class Family(nn.Module):
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
-        self.to(device)
+        if self.streamer is not None:
+            self.engine = self.streamer(self, torch.device(device), dtype)
+        if self.engine is None:
+            self.to(device)
+
+    @contextmanager
+    def in_place(self) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
+        """For inference: yields unit(a), inside which application a finds its weights."""
+        if self.engine is None:
+            yield nullcontext
+        else:
+            with self.engine.sweep() as unit:
+                yield unit
 
     def weights_taken(self) -> None:
         """Called where a run begins with another one's weights: hold what would start anew."""
@@ -197,7 +232,7 @@ class Family(nn.Module):
         """(Config, model) as an export writes them, without what only training needs."""
         return config, self
 
-    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+    def run_block(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -226,6 +261,25 @@ class Family(nn.Module):
         """Schedule, clipping, horizon and batch where the run's settings leave them open."""
         return Defaults()
 
+    def group_rows(self, rows: int, share: int) -> int:
+        """Rows given to `losses` at once where a micro-batch has `rows` and a rank's step `share`.
+
+        A family that streams takes several micro-batches together and divides them itself.
+        """
+        return rows if self.engine is None else self.engine.group_rows(rows, share)
+
+    def run_updates(self, updates: Sequence[tuple[Sequence[str], Callable[[], None]]]) -> None:
+        """Make the updates of a step: names of parameters, and what changes them, in this order."""
+        if self.engine is not None:
+            self.engine.run_updates(updates)
+            return
+        for _, update in updates:
+            update()
+
+    def update_parts(self) -> Sequence[Sequence[str]]:
+        """Names of parameters that are updated by one call each, in order; () = all by one."""
+        return () if self.engine is None else self.engine.update_parts()
+
     def scaling_params(self) -> int:
         """Parameters that the horizon (tokens per parameter) counts."""
         return sum(p.numel() for p in self.parameters())
@@ -240,12 +294,22 @@ class Family(nn.Module):
         return 6 * sum(p.numel() for p in self.parameters() if p.ndim >= 2 and id(p) not in tables)
 
     def notes(self) -> list[str]:
-        """Lines for the log before step 0, such as the attention engine in use."""
+        """Lines for the log before the first step, such as the attention engine in use."""
         return []
+
+    def engine_notes(self) -> list[str]:
+        """Lines on where the weights lie; no part of the result, which it does not change."""
+        if self.engine is not None:
+            return self.engine.notes()
+        return [f"stream: off | {self.stream_reason}"] if self.stream_reason else []
+
+    def engine_facts(self) -> dict[str, str]:
+        """What a checkpoint records of the engine in use; a change is told on resume."""
+        return {"stream": "off" if self.engine is None else self.engine.describe()}
 
     def log_scalars(self) -> dict[str, float]:
         """Extra numbers by name: for the log line of this step, or a generation's footer."""
-        return {}
+        return {} if self.engine is None else self.engine.log_scalars()
 
     def progress(self) -> str | None:
         """The family's own progress lines, printed below the step line."""
@@ -280,7 +344,14 @@ class Family(nn.Module):
         return {}
 
     def flush(self) -> None:
-        """Make the state on disk durable, before a manifest names it."""
+        """Make the state on disk durable, and updates whole, before a manifest names them."""
+        if self.engine is not None:
+            self.engine.flush()
+
+    def close(self) -> None:
+        """End what runs beside the model, when nobody needs it any more."""
+        if self.engine is not None:
+            self.engine.close()
 
     def sweep_end(self) -> bool:
         """Called after every step. True: commit a checkpoint before the next one."""

@@ -11,7 +11,8 @@ H heads, K kv heads, D = d / H head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.kernels.relu2_mlp import relu2_mlp
-from lib.models.base import Batch, Defaults, Family, Group, Optim
+from lib.models.base import Batch, Defaults, Family, Group, Native, Optim
 from lib.nn.attention import causal_attention, choose_engine
 from lib.nn.linear import Linear, Table, require_fp8
 from lib.nn.norm import EPS, rms_norm
@@ -329,9 +330,16 @@ class Model(Family):
             self.backout = nn.Parameter(torch.empty(()))  # beta
 
     def hidden(
-        self, tokens: Tensor, state: State | None = None, keep: bool = False
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        keep: bool = False,
+        unit: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     ) -> tuple[Tensor, State | None]:
-        """tokens (B, n) -> the final normed x (B, n, d), and the state where `keep` asks for it."""
+        """tokens (B, n) -> the final normed x (B, n, d), and the state where `keep` asks for it.
+
+        unit(i): inside it block i has its weights.
+        """
         s, n, start = self.switches, tokens.shape[1], state.position if state else 0
         dtype, wide = self._dtypes(tokens.device)
         e = rms_norm(self.wte(tokens).to(wide))
@@ -343,7 +351,8 @@ class Model(Family):
                 x = self.resid[i] * x + self.skip[i] * x0
             table = self.value_tables[str(i)](tokens) if str(i) in self.value_tables else None
             past = (state.keys[i], state.values[i]) if state else None
-            x, k, v = self.run_block(block, x, rope, table, past, self.attention)
+            with unit(i):
+                x, k, v = self.run_block(block, x, rope, table, past, self.attention)
             if keep:  # a windowed layer never looks back further than its window
                 reach = self.windows[i] or k.shape[2]
                 keys.append(k[:, :, -reach:])
@@ -369,15 +378,17 @@ class Model(Family):
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
         """tokens (B, n) int64 -> logits (B, n, V) fp32, and the state that continues the rows."""
-        x, kept = self.hidden(tokens, state, keep=True)
-        return self._logits(x), kept
+        with self.in_place() as unit:
+            x, kept = self.hidden(tokens, state, keep=True, unit=unit)
+            return self._logits(x), kept
 
     def logits_at(
         self, tokens: Tensor, where: Tensor, state: State | None = None
     ) -> tuple[Tensor, State | None]:
         """Logits (N, V) of the marked positions (B, n) alone, and the state."""
-        x, kept = self.hidden(tokens, state, keep=True)
-        return self._logits(x[where]), kept
+        with self.in_place() as unit:
+            x, kept = self.hidden(tokens, state, keep=True, unit=unit)
+            return self._logits(x[where]), kept
 
     def repeat_state(self, state: State, n: int) -> State:
         """Views of row 0: nothing here writes into a state."""
@@ -396,14 +407,54 @@ class Model(Family):
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
         """One loss: mean cross-entropy of the batch's targets."""
+        if self.engine is not None:
+            moment = (batch.step, batch.first_row)
+            yield self.engine.loss(batch.tokens, batch.targets, moment)
+            return
         yield self._cross_entropy(batch.tokens, batch.targets, "mean")
+
+    # ------------------------------------------------------------ in the units that are streamed
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.config.shape[0]
+
+    def stream_units(self) -> Sequence[nn.Module]:
+        """The blocks; UserError where more than x goes from one to the next."""
+        s = self.switches
+        for name in ("resid_mix", "value_embedding", "backout", "smear"):
+            if getattr(s, name):
+                raise UserError(
+                    "blocks cannot be streamed", value=name, remedy="set runtime.stream: off"
+                )
+        return list(self.blocks)
+
+    def embed(self, tokens: Tensor, moment: tuple[int, int]) -> Tensor:
+        """tokens (b, T) -> x (b, T, d)."""
+        return rms_norm(self.wte(tokens).to(self._dtypes(tokens.device)[1]))
+
+    def apply_unit(self, application: int, x: Tensor, moment: tuple[int, int]) -> Tensor:
+        """Block number `application`."""
+        dtype, _ = self._dtypes(x.device)
+        theta = self.switches.rope_theta
+        rope = rope_tables(0, x.shape[1], self.head_dim, theta, x.device, dtype)
+        return self.blocks[application](x, rope, None, None, self.attention)[0]
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy from the last block's output."""
+        return self._from_hidden(rms_norm(x), targets, "mean")
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy by position (B, T), without the logits of all positions."""
         return self._cross_entropy(tokens, targets, "none")
 
     def _cross_entropy(self, tokens: Tensor, targets: Tensor, reduction: Any) -> Tensor:
-        x, _ = self.hidden(tokens)
+        with self.in_place() as unit:
+            x, _ = self.hidden(tokens, unit=unit)
+            return self._from_hidden(x, targets, reduction)
+
+    def _from_hidden(self, x: Tensor, targets: Tensor, reduction: Any) -> Tensor:
         return linear_cross_entropy(
             x, self.head.weight, targets, vocab_size=self.vocab_size, reduction=reduction,
             softcap=self.switches.softcap, chunk=self.config.loss_chunk,
@@ -454,7 +505,7 @@ class Model(Family):
         if self.config.fp8:
             require_fp8(device)
         self._engine = choose_engine(self.attention, device, dtype)
-        self.to(device)
+        super().place(device, dtype)
 
     def notes(self) -> list[str]:
         """The attention engine in use."""
@@ -544,11 +595,8 @@ class Model(Family):
 
     # ------------------------------------------------------------ export
 
-    def hf_native(self) -> tuple[dict[str, Any], dict[str, tuple[str, Tensor]]]:
-        """transformers' nanochat class: its config, and its tensor name -> (ours, values).
-
-        UserError names the first switch that it has not. Rows of the tables are cropped to V.
-        """
+    def hf_native(self) -> Native:
+        """transformers' nanochat class; UserError names the first switch that it has not."""
         base, free = VARIANTS["base"], {"init", "optim", "vocab_pad"}  # no part of the forward
         for name in (f.name for f in fields(Switches) if f.name not in free):
             if (value := getattr(self.switches, name)) != getattr(base, name):
@@ -577,12 +625,8 @@ class Model(Family):
                 theirs[f"{ours}.attn.{part}.weight"] = f"{layer}.self_attn.{part}_proj.weight"
             theirs[f"{ours}.up.weight"] = f"{layer}.mlp.fc1.weight"
             theirs[f"{ours}.down.weight"] = f"{layer}.mlp.fc2.weight"
-        state = self.state_dict()
-        state["wte.weight"], state["head.weight"] = (
-            state["wte.weight"][:V],
-            state["head.weight"][:V],
-        )
-        return config, {theirs[name]: (name, state[name]) for name in state}
+        names = {theirs[name]: name for name in self.state_dict()}
+        return Native(config=config, names=names, rows={"wte.weight": V, "head.weight": V})
 
 
 def _group_of(name: str) -> str:

@@ -41,7 +41,7 @@ class Asked(Protocol):
 
 @dataclass(kw_only=True)
 class Batch:
-    """One micro-batch. tokens, targets: (rows, T) int64; step: updates made before it.
+    """What `losses` is given. tokens, targets: (rows, T) int64; step: updates made before it.
 
     rows: their numbers among the packed rows, where the family reads more than ids.
     """
@@ -49,6 +49,7 @@ class Batch:
     tokens: Tensor
     targets: Tensor
     step: int
+    first_row: int = 0  # number of its first row in the step, over all ranks
     rows: np.ndarray | None = None
 
 
@@ -62,9 +63,10 @@ def cut(
     parts = torch.from_numpy(ids).to(device, non_blocking=True).split(micro_rows)
     ends = list(range(micro_rows, len(ids), micro_rows))
     of = [None] * len(parts) if own is None else np.split(own, ends)
+    first_rows = range(ranks.rank() * len(ids), (ranks.rank() + 1) * len(ids), micro_rows)
     return [
-        Batch(tokens=part[:, :-1], targets=part[:, 1:], step=step, rows=numbers)
-        for part, numbers in zip(parts, of, strict=True)
+        Batch(tokens=part[:, :-1], targets=part[:, 1:], step=step, first_row=first, rows=numbers)
+        for part, first, numbers in zip(parts, first_rows, of, strict=True)
     ]
 
 

@@ -12,15 +12,17 @@ Note: matrices of one shape and rule are stacked, and updated by one batched seq
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from lib.core.errors import InputError
 from lib.kernels.xxt import xxt
-from lib.models.base import Group
+from lib.models.base import Family, Group
 from lib.train.eight_bit import EightBitAdamW
 from lib.train.schedule import Multipliers
 
@@ -34,6 +36,9 @@ POLAR_EXPRESS = [  # arXiv 2505.16932, five steps, a different polynomial each
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
 
+
+Update = tuple[Sequence[str], Callable[[], None]]  # names of parameters, and what changes them
+Member = tuple[str, nn.Parameter, Tensor]  # name, parameter, its gradient
 
 # -------------------------------------------------------------- mathematics of stacks (s, out, in)
 
@@ -98,29 +103,41 @@ class Optimizer:
 
     shard: matrices of Muon are dealt to ranks, largest first; an owner keeps their state and
     updates them, then all ranks receive the result. `step` and `state_tensors` are then collective
-    calls.
+    calls. parts: names of parameters that AdamW updates by one call each, in this order; `run`
+    makes the updates, now or beside other work (they hold their gradients).
     """
 
-    def __init__(self, groups: Sequence[Group], *, shard: bool = False) -> None:
-        self.groups = list(groups)
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        shard: bool = False,
+        parts: Sequence[Sequence[str]] = (),
+        run: Callable[[Sequence[Update]], None] | None = None,
+    ) -> None:
+        self.groups, self._run = list(groups), run or _run_in_order
         names = [name for group in self.groups for name in group.params]
         assert len(names) == len(set(names)), "a parameter stands in two groups"
-        adamw = [group for group in self.groups if group.rule == "adamw"]
+        plain = [group for group in self.groups if group.rule == "adamw"]
         coded = [group for group in self.groups if group.rule == "adamw8bit"]
         muon = [group for group in self.groups if group.rule in ("muon", "normuon")]
         ranks = dist.get_world_size() if shard and dist.is_initialized() else 1
         self._rank = dist.get_rank() if ranks > 1 else 0
         self._owners = deal(muon, ranks)
-        self._adamw: list[_AdamW | EightBitAdamW] = [_AdamW(adamw)]
-        self._adamw += [EightBitAdamW(coded)] if coded else []
+        self._plain = _AdamW(plain, parts)
+        self._coded = EightBitAdamW(coded) if coded else None
+        self._adamw = [rule for rule in (self._plain, self._coded) if rule is not None]
         self._stacks = [s for group in muon for s in _stacks(group, self._owners, self._rank)]
         self._matrices = {n: p for group in muon for n, p in group.params.items()}
 
     @torch.no_grad()
     def step(self, multipliers: Multipliers) -> None:
         """One update from the gradients that are there."""
-        for rule in self._adamw:
-            rule.step(multipliers)
+        self._run(self._plain.updates(multipliers))
+        if self._coded is not None:
+            self._coded.step(multipliers)
+            names = [name for group in self._coded.groups for name in group.params]
+            self._run([(names, lambda: None)])  # whoever keeps copies learns that they changed
         for stack in self._stacks:
             stack.step(multipliers)
         self._share(self._matrices)
@@ -169,9 +186,18 @@ class Optimizer:
             dist.broadcast(tensors[name], src=self._owners[_parameter(name)])
 
 
-def build_optimizer(groups: Sequence[Group], *, shard: bool = False) -> Optimizer:
-    """The optimizer of a model's `param_groups`."""
-    return Optimizer(groups, shard=shard)
+def build_optimizer(
+    groups: Sequence[Group], *, shard: bool = False, model: Family | None = None
+) -> Optimizer:
+    """The optimizer of a model's `param_groups`; `model` may say in which parts, and when."""
+    if model is None:
+        return Optimizer(groups, shard=shard)
+    return Optimizer(groups, shard=shard, parts=model.update_parts(), run=model.run_updates)
+
+
+def _run_in_order(updates: Sequence[Update]) -> None:
+    for _, update in updates:
+        update()
 
 
 def deal(groups: Iterable[Group], ranks: int) -> dict[str, int]:
@@ -269,62 +295,66 @@ class _MuonStack:
 class _AdamW:
     """p <- p (1 - lr wd); p <- p - lr m1' / (sqrt(m2') + eps), m' bias-corrected, state in fp32.
 
-    torch's fused AdamW is this formula (arXiv 1711.05101, epsilon after the correction); parameters
-    in half precision go by `_step_half`, for torch would keep their moments in half precision too.
+    torch's fused `adamw` is this formula (arXiv 1711.05101, epsilon after the correction);
+    parameters in half precision go by `_step_half`, for torch would keep their moments in half
+    precision too.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], parts: Sequence[Sequence[str]] = ()) -> None:
         self._state: dict[str, dict[str, Tensor]] = {}
-        self._half: list[tuple[Group, str]] = []
-        whole = []
-        for group in groups:
-            members = []
+        of = {name: number for number, names in enumerate(parts) for name in names}
+        # (part, group, its members in that part), those of no part together at the end
+        self._calls: list[tuple[Group, list[str]]] = []
+        found: dict[tuple[int, int], list[str]] = {}
+        for number, group in enumerate(groups):
             for name, p in group.params.items():
                 wide = torch.promote_types(p.dtype, torch.float32)
                 moments = {k: torch.zeros_like(p, dtype=wide) for k in ("exp_avg", "exp_avg_sq")}
                 self._state[name] = {"step": torch.zeros((), device=p.device), **moments}
-                members += [name] if p.dtype == wide else []
-                self._half += [] if p.dtype == wide else [(group, name)]
-            if members:
-                whole.append((group, members))
-        self._groups = [group for group, _ in whole]
-        self._fused = torch.optim.AdamW(
-            [
-                {
-                    "params": [g.params[name] for name in members],
-                    "lr": g.lr, "betas": g.betas, "eps": g.eps, "weight_decay": g.weight_decay,
-                }
-                for g, members in whole
-            ],
-            fused=True,
-        ) if whole else None  # fmt: skip
-        for g, members in whole:
-            for name in members:
-                assert self._fused is not None
-                self._fused.state[g.params[name]] = self._state[name]
+                found.setdefault((of.get(name, len(parts)), number), []).append(name)
+        self._calls = [(groups[number], names) for (_, number), names in sorted(found.items())]
 
-    def step(self, multipliers: Multipliers) -> None:
-        if self._fused is not None:
-            for settings, group in zip(self._fused.param_groups, self._groups, strict=True):
-                settings["lr"] = group.lr * (multipliers.lr if group.scheduled else 1.0)
-            self._fused.step()
-        for group, name in self._half:
+    def updates(self, multipliers: Multipliers) -> list[Update]:
+        """One update a part and group; each holds the gradients of now."""
+        made: list[Update] = []
+        for group, names in self._calls:
+            members = [(n, group.params[n], grad) for n in names
+                       if (grad := group.params[n].grad) is not None]  # fmt: skip
+            whole = [one for one in members if one[1].dtype == self._moments(one[0]).dtype]
+            half = [one for one in members if one[1].dtype != self._moments(one[0]).dtype]
             factor = multipliers.lr if group.scheduled else 1.0
-            _step_half(group, group.params[name], self._state[name], factor)
+            made.append((names, partial(self._update, group, whole, half, factor)))
+        return made
+
+    def _moments(self, name: str) -> Tensor:
+        return self._state[name]["exp_avg"]
+
+    def _update(
+        self, group: Group, whole: Sequence[Member], half: Sequence[Member], multiplier: float
+    ) -> None:
+        if whole:
+            states = [self._state[name] for name, _, _ in whole]
+            adamw(
+                [p for _, p, _ in whole], [grad for _, _, grad in whole],
+                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
+                [s["step"] for s in states], fused=True, amsgrad=False, beta1=group.betas[0],
+                beta2=group.betas[1], lr=group.lr * multiplier, weight_decay=group.weight_decay,
+                eps=group.eps, maximize=False,
+            )  # fmt: skip
+        for name, parameter, grad in half:
+            _step_half(group, parameter, grad, self._state[name], multiplier)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{n}.{kind}": t for n, state in self._state.items() for kind, t in state.items()}
 
 
 def _step_half(
-    group: Group, p: nn.Parameter, state: Mapping[str, Tensor], multiplier: float
+    group: Group, p: nn.Parameter, grad: Tensor, state: Mapping[str, Tensor], multiplier: float
 ) -> None:
     """AdamW in fp32 for a half-precision parameter, rounded once at the end."""
-    if p.grad is None:
-        return
     (beta1, beta2), lr = group.betas, group.lr * multiplier
     state["step"].add_(1)
-    t, g, wide = float(state["step"]), p.grad.float(), p.float()
+    t, g, wide = float(state["step"]), grad.float(), p.float()
     m1 = state["exp_avg"].lerp_(g, 1 - beta1)
     m2 = state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
     denominator = (m2 / (1 - beta2**t)).sqrt_().add_(group.eps)

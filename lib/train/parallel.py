@@ -28,7 +28,8 @@ BUCKET_BYTES = 64 * 2**20
 def start(device: torch.device) -> None:
     """Join the other ranks, if there are any."""
     if ranks.world_size() > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Streamed weights have their gradients on the host, beside a GPU that computes.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = ranks.store()
         dist.init_process_group(
             backend, store=store, rank=ranks.rank(), world_size=ranks.world_size()

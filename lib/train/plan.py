@@ -133,28 +133,28 @@ def _tokens(
 
 
 def describe(
-    plan: Plan, model: Family, runtime: Runtime, device: torch.device, seconds: float
+    plan: Plan, model: Family, micro_rows: int, device: torch.device, seconds: float
 ) -> list[str]:
-    """The block printed before step 0; seconds: of the dry step, 0 where none was made."""
+    """The block printed before step 0; seconds: of the dry step, 0 where none was made.
+
+    micro_rows: rows that the dry step took.
+    """
     world = ranks.world_size()
     groups = ", ".join(
         f"{g.name} {sum(p.numel() for p in g.params.values()):,}"
         for g in model.param_groups(plan.optim)
     )
-    tokens, micro = (
-        plan.steps * plan.batch_tokens,
-        plan.micro_rows(runtime, device, world, model.whole_steps),
-    )
+    tokens = plan.steps * plan.batch_tokens
     lines = [
         f"parameters: {plan.parameters:,} ({groups})",
         f"steps: {plan.steps:,} of {plan.batch_tokens:,} tokens, {tokens:,} in all, "
         f"{tokens / max(1, model.scaling_params()):.2f} a scaling parameter",
         f"FLOPs: {tokens * plan.flops_per_token:.3e}, {plan.flops_per_token:,} a token",
-        f"device: {device.type} x {world}, {plan.optim.compute_dtype}, {micro} rows at once",
+        f"device: {device.type} x {world}, {plan.optim.compute_dtype}, {micro_rows} rows at once",
     ]
-    hours = seconds * plan.rows / micro / world * plan.steps / 3600
-    lines += [f"about {hours:.2f} hours at the rate of the dry step"] if hours else []
-    return [*lines, *model.notes()]
+    hours = seconds * plan.rows / micro_rows / world * plan.steps / 3600
+    span = f"{hours:.2f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+    return lines + ([f"about {span} at the rate of the dry step"] if hours else [])
 
 
 def refuse_unshardable(model: Family, plan: Plan) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,12 @@ from torch import Tensor
 from lib import kernels
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
+from lib.core.errors import UserError
 from lib.core.params import typed
-from lib.core.run_settings import Runtime
+from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
 from lib.models.base import Family, load_family
+from lib.nn.stream import Streaming, open_stream
 from lib.train import parallel
 from lib.train.controls import look_inside, table, train_controls
 from lib.train.final import write_final
@@ -54,15 +57,21 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
     dtype = compute_dtype(settings.precision, device)
     parallel.start(device)
     push = HubPush(run.runtime.hub, run.warn) if run.runtime.hub and ranks.rank() == 0 else None
+    model = None
     try:
         data = Data.open(
             run.inputs["tokens"], run.inputs["tokenizer"], seed, full=run.runtime.verify == "full"
         )
         module = load_family(family)
         start = settings.init_from or run.inputs.get("contexts")
+        request = Streaming(
+            runtime=run.runtime, context=data.store.context, averaged=settings.ema_decay > 0,
+            grad_dtype=getattr(torch, settings.grad_wire),
+        )  # fmt: skip
 
         def build(config: Any, own_seed: int, started: bool) -> Family:
             model = make_model(module, config, data, run.runtime)
+            model.streamer = partial(open_stream, request=request)
             model.init_weights(own_seed)
             if "embeddings" in run.inputs:
                 model.read_from(data.embeddings(run.inputs))
@@ -73,6 +82,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
 
         config = typed(module.Config, plain(settings.model), "params.yaml")
         model = build(config, seed, True)
+        require_wire(settings, model)
 
         def push_weights(step: int, weights: dict[str, Tensor]) -> None:
             if push is not None and push.is_due(step):
@@ -116,6 +126,8 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
             warn=run.warn,
         )
     finally:
+        if model is not None:
+            model.close()
         if push is not None:
             push.close()
         parallel.stop()
@@ -129,6 +141,16 @@ def make_model(module: ModuleType, config: Any, data: Data, runtime: Runtime) ->
     model.attention, model.activation_bytes = runtime.attention, runtime.activation_bytes
     require_context(data.store.context, model)
     return model.to_empty(device="cpu")
+
+
+def require_wire(settings: Train, model: Family) -> None:
+    """UserError where gradients shall be rounded on a bus that they do not cross."""
+    if settings.grad_wire != "float32" and model.engine is None:
+        raise UserError(
+            "grad_wire is of streamed runs, and this one is not",
+            value=settings.grad_wire,
+            remedy="set grad_wire: float32, or runtime.stream: on",
+        )
 
 
 def parents_of(identity: Mapping[str, Any]) -> dict[str, Any]:

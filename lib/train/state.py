@@ -38,6 +38,7 @@ class Position:
 
     step: int = 0  # finished updates; batch(step) comes next
     best: dict[str, float] | None = None  # {"step", "bpb"} of the best validation so far
+    micro_rows: int = 0  # rows of a micro-batch, 0 before the first step
     skipped: int = 0  # updates left out for a non-finite gradient
     code_changes: list[str] = field(default_factory=list)  # files changed since it began
 
@@ -144,6 +145,15 @@ class RunState:
             best = self.position.best
             self.checkpoints.set_best(int(best["step"]) if best else None)
         return note["logs"]
+
+    def keep_micro_rows(self, wanted: int, log: Callable[[str], None]) -> int:
+        """Rows of a micro-batch: `wanted`, or what a resumed run had where masks follow them."""
+        had = self.position.micro_rows
+        if self.model.rows_share_draws and had not in (0, wanted):
+            log(f"keeps micro-batches of {had} rows: the masks follow them")
+            return had
+        self.position.micro_rows = wanted
+        return wanted
 
     def finish(self) -> None:
         """The run is over: the last checkpoint and the best stay, the rest goes."""

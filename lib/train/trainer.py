@@ -46,13 +46,13 @@ def train(job: Job) -> Outcome:
     groups = parallel.split_groups(model.param_groups(plan.optim))
     state = RunState(
         model=model,
-        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer"),
+        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype),
         device=device,
         position=Position(),
         checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
-        stack=stack_of(device, job.dtype),
+        stack={**stack_of(device, job.dtype), **model.engine_facts()},
         extra=job.extra,
     )
     observer = Observer(
@@ -60,13 +60,14 @@ def train(job: Job) -> Outcome:
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
         peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
-    rows, micro_rows = job.rows(plan), plan.micro_rows(runtime, device, world, model.whole_steps)
-    micro_batches = plan.rows // micro_rows  # of one step over all ranks
+    rows, parameters = job.rows(plan), list(model.parameters())
     numbered = rows if model.reads_rows() else None
-    parameters = list(model.parameters())
     model.attach(job.work)
     observer.cut(state.resume(job.seed, job.log))
     position, scaler, optimizer = state.position, state.scaler, state.optimizer
+    micro_rows = plan.micro_rows(runtime, device, world, model.whole_steps)
+    micro_rows = model.group_rows(state.keep_micro_rows(micro_rows, job.log), plan.rows // world)
+    micro_batches = plan.rows // micro_rows  # of one step over all ranks
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
 
@@ -127,10 +128,12 @@ def train(job: Job) -> Outcome:
             state.check_space()
             # A family with files of its own would change them.
             seconds = 0.0 if model.describe() else dry_step()
+            lines = [*model.notes(), *model.engine_notes()]
             if position.step == 0:
-                lines = describe(plan, model, runtime, device, seconds)
-                for line in [*lines, f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]:
-                    job.log(line)
+                lines += describe(plan, model, micro_rows, device, seconds)
+                lines += [f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]
+            for line in lines:
+                job.log(line)
         committed, committed_at = position.step, time.monotonic()
         observer.begin(position.step)
         batches = rows.prefetch(position.step, plan.steps, rank, world)

@@ -190,7 +190,7 @@ def test_export_restores_the_familys_own_weights(tokenizer_folder, tmp_path):
         note = hf.read_names(tmp_path / form)
         assert gpt.Config(**note["config"]) == what.config
         shapes = {name: tensor.shape for name, tensor in what.model.state_dict().items()}
-        state = hf.restore(load_file(tmp_path / form / hf.WEIGHTS), note["names"], shapes)
+        state = hf.restore(load_file(tmp_path / form / hf.WEIGHTS), note, shapes)
         model = build(gpt, what.config, note["vocab_size"], weights=state)
         with torch.no_grad():
             assert torch.equal(model(TOKENS)[0], ours(what))
