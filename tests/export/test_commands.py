@@ -204,7 +204,7 @@ def test_reference_point_ramgpt_1b(monkeypatch):
     settings = shipped(monkeypatch, "ramgpt_1b")
     cost = estimate.train_cost(settings, "ramgpt", machines.TABLE["rtx3050-6gb"])
     facts = dict(cost.facts)
-    assert facts["parameters"] == 1_098_705_408
+    assert facts["parameters"] == 1_098_705_408 and facts["non_embedding"] == 1_019_937_792
     assert round(facts["checkpoint_bytes"] / 1e9, 1) == 13.2
     assert (cost.seconds or 0) / 86400 == pytest.approx(1147, rel=0.02)
 
