@@ -426,3 +426,28 @@ def test_a_frozen_gradient_is_told(kumiki, monkeypatch):
     )
     code, _, err = kumiki("bench", "gpt", "--dry-run", "4")
     assert code == 4 and "wte" in err and sys.version_info
+
+
+def test_state_is_carried_from_turn_to_turn_and_changes_nothing(project, monkeypatch):
+    """The second reply reads its own message only; greedy, it is what a fresh pass would say."""
+    from lib.export import saved
+    from lib.export.generate import Generation, Sampling
+
+    opened = saved.open_model("gpt", project)
+    read = []
+    forward = opened.model.forward
+    monkeypatch.setattr(
+        opened.model, "forward", lambda x, s=None: read.append(x.shape[1]) or forward(x, s)
+    )
+    talk = chat.Conversation(opened, Sampling(temperature=0), 5, [], False)
+    for text in ("the list", "of words"):
+        talk.add("user", text)
+        prompt = talk.prompt()
+        del read[:]
+        "".join(talk.reply())
+    assert read[0] < len(prompt) / 2
+    fresh = Generation(
+        opened.model, prompt, Sampling(temperature=0), max_new_tokens=5, cached=False
+    )
+    list(fresh)
+    assert opened.tokenizer.decode(fresh.rows[0].ids) == talk.turns[-1].content
