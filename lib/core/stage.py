@@ -468,7 +468,7 @@ def by_cause(error: BaseException) -> KumikiError | None:
             name = Path(os.fsdecode(link.filename)) if link.filename else Path("x")
             if mapped := files.as_env_error(link, name):
                 return mapped
-        if "No space left on device" in text:
+        if files.FULL in text:
             return files.as_env_error(OSError(errno.ENOSPC, text), Path("x"))
         if isinstance(link, MemoryError) or "out of memory" in text or "Cannot allocate" in text:
             return EnvError("out of memory", value=text or None, remedy="lower runtime.workers")
