@@ -41,10 +41,11 @@ class Conversation:
     carried: Carried = ((), None)  # the model's state after the last turn
     device: Any = "cpu"
 
-    def add(self, role: str, content: str) -> None:
-        """Append a message."""
+    def add(self, role: str, content: str, ids: list[int] | None = None) -> None:
+        """Append a message; ids: those that the model itself made, kept as they are."""
         text = "\n" + content if role == "user" and self.turns and not self.chat else content
-        ids = [int(i) for i in self.opened.tokenizer.encode(text)] if text else []
+        if ids is None:
+            ids = [int(i) for i in self.opened.tokenizer.encode(text)] if text else []
         if self.chat:
             specials = self.opened.tokenizer.specials
             name = "assistant" if role == "assistant" else "user"
@@ -100,4 +101,5 @@ class Conversation:
             note("interrupted; go on, or Ctrl-C again to leave")
         finally:
             self.carried = generation.carried
-            self.add("assistant", said)
+            # Encoded again they might be other ids for the same text, and the state would be lost.
+            self.add("assistant", said, None if stream.stopped else generation.rows[0].ids)
