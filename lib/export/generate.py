@@ -130,6 +130,9 @@ class Row:
     stop: str | None = None  # None while it goes on; eos, length, stop, interrupted
 
 
+Carried = tuple[Sequence[int], Any]  # ids that a model has read, and its state after them
+
+
 class Generation:
     """n continuations of one prompt; iterating makes one id for each unfinished row.
 
@@ -149,10 +152,12 @@ class Generation:
         device: Any = "cpu",
         beyond_context: bool = False,
         cached: bool = True,  # False: the whole row again for each id, the definition
+        carried: Carried = ((), None),  # of a generation whose ids this prompt begins with
     ) -> None:
         self.model, self.prompt, self.sampling = model, [int(i) for i in prompt], sampling
         self.max_new_tokens, self.stop_ids = max_new_tokens, frozenset(stop_ids)
         self.device, self.cached = device, cached
+        self.carried = carried  # at the end: all that a next turn may go on from (one row)
         self.rows = [Row() for _ in range(rows)]
         self._draws = [numpy_generator(sampling.seed, "sample", row) for row in range(rows)]
         self._check(beyond_context)
@@ -201,12 +206,22 @@ class Generation:
 
     def _prefill(self, torch: Any) -> tuple[np.ndarray, Any]:
         """Logits after the prompt for every row (n, V) fp64, and the state of all rows."""
-        ids, state, logits = torch.tensor([self.prompt], device=self.device), None, None
-        for start in range(0, len(self.prompt), PREFILL if self.cached else len(self.prompt)):
+        ids, logits = torch.tensor([self.prompt], device=self.device), None
+        held, state = self.carried
+        if (
+            not self.cached
+            or not held
+            or tuple(self.prompt[: len(held)]) != tuple(held)
+            or len(held) == len(self.prompt)
+        ):
+            held, state = (), None
+        step = PREFILL if self.cached else len(self.prompt)
+        for start in range(len(held), len(self.prompt), step):
             piece = ids[:, start : start + PREFILL] if self.cached else ids
             logits, state = self.model(piece, state)
         assert logits is not None
         n = len(self.rows)
+        self.carried = (tuple(self.prompt), state)
         state = self.model.repeat_state(state, n) if self.cached and n > 1 else state
         return np.repeat(self._array(logits), n, axis=0), state
 
@@ -214,6 +229,7 @@ class Generation:
         if self.cached:
             tokens = torch.tensor(last, device=self.device)[:, None]
             logits, state = self.model(tokens, state)
+            self.carried = ((*self.carried[0], last[0]), state)
             return self._array(logits), state
         whole = [torch.tensor([[*self.prompt, *row.ids]], device=self.device) for row in self.rows]
         return np.concatenate([self._array(self.model(ids)[0]) for ids in whole]), None

@@ -27,10 +27,9 @@ def count(number: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people; two years and longer are years, else days are the largest unit."""
-    if seconds is not None and seconds < 2 * TIMES[0][1]:
-        return _scaled(seconds, TIMES[1:], "s") if seconds < 1e9 else _scaled(seconds, TIMES, "s")
-    return _scaled(seconds, TIMES, "s")
+    """Seconds for people; days up to ten years, then years."""
+    years = seconds is not None and seconds >= 10 * TIMES[0][1]
+    return _scaled(seconds, TIMES if years else TIMES[1:], "s")
 
 
 def _scaled(value: float | None, units: Sequence[tuple[str, float]], one: str) -> str:

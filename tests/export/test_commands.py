@@ -204,7 +204,7 @@ def test_reference_point_ramgpt_1b(monkeypatch):
     settings = shipped(monkeypatch, "ramgpt_1b")
     cost = estimate.train_cost(settings, "ramgpt", machines.TABLE["rtx3050-6gb"])
     facts = dict(cost.facts)
-    assert facts["parameters"] == 1_098_705_408
+    assert facts["parameters"] == 1_098_705_408 and facts["non_embedding"] == 1_019_937_792
     assert round(facts["checkpoint_bytes"] / 1e9, 1) == 13.2
     assert (cost.seconds or 0) / 86400 == pytest.approx(1147, rel=0.02)
 
@@ -426,3 +426,28 @@ def test_a_frozen_gradient_is_told(kumiki, monkeypatch):
     )
     code, _, err = kumiki("bench", "gpt", "--dry-run", "4")
     assert code == 4 and "wte" in err and sys.version_info
+
+
+def test_state_is_carried_from_turn_to_turn_and_changes_nothing(project, monkeypatch):
+    """The second reply reads its own message only; greedy, it is what a fresh pass would say."""
+    from lib.export import saved
+    from lib.export.generate import Generation, Sampling
+
+    opened = saved.open_model("gpt", project)
+    read = []
+    forward = opened.model.forward
+    monkeypatch.setattr(
+        opened.model, "forward", lambda x, s=None: read.append(x.shape[1]) or forward(x, s)
+    )
+    talk = chat.Conversation(opened, Sampling(temperature=0), 5, [], False)
+    for text in ("the list", "of words"):
+        talk.add("user", text)
+        prompt, held = talk.prompt(), len(talk.carried[0])
+        del read[:]
+        "".join(talk.reply())
+    assert held > 0 and read[0] == len(prompt) - held
+    fresh = Generation(
+        opened.model, prompt, Sampling(temperature=0), max_new_tokens=5, cached=False
+    )
+    list(fresh)
+    assert opened.tokenizer.decode(fresh.rows[0].ids) == talk.turns[-1].content

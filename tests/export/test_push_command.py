@@ -44,9 +44,7 @@ class Hub(BaseHTTPRequestHandler):
             url = f"http://{self.headers['host']}/me/x/commit/abc"
             self.answer({"commitUrl": url, "commitOid": "abc", "hookOutput": ""})
         else:
-            self.answer(
-                {"url": f"http://{self.headers['host']}/me/x", "private": b'"private":true' in body}
-            )
+            self.answer({"url": f"http://{self.headers['host']}/me/x"})
 
     def answer(self, value: dict, status: int = 200) -> None:
         data = json.dumps(value).encode()
