@@ -1,4 +1,4 @@
-"""Phase 7 and 8 through the real loop: killed while the curvature rises, the bits are the same."""
+"""Families through the real loop: killed in the midst, on the same bits in the end."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": CONTEXT,
         "tt_rank": 4,
     },
+    "trm": {"width": 16, "depth": 1, "heads": 2, "context": CONTEXT, "dropout": 0.1, "halt": "q"},
 }  # fmt: skip
 
 
@@ -55,7 +56,10 @@ class Killing(Rows):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("phase7", {}), ("phase7", {"rank": {"target": None}}), ("phase8", {})],
+    [
+        *[("phase7", {}), ("phase7", {"rank": {"target": None}}), ("phase8", {})],
+        *[("trm", {}), ("trm", {"schedule": "every", "grad": "last"})],
+    ],
 )
 @pytest.mark.parametrize("kills", [[4], [2, 5, 8]], ids=str)
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, name, changes, kills):
