@@ -21,8 +21,9 @@ from torch import Tensor
 from lib import kernels
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
+from lib.core.errors import UserError
 from lib.core.params import typed
-from lib.core.run_settings import Runtime
+from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
 from lib.models.base import Family, load_family
 from lib.nn.stream import Streaming, open_stream
