@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-PYTEST := python -m pytest -q -n auto -m "not gpu and not slow"
+PYTEST := python -m pytest -q -n auto -m "not gpu and not slow and not faults"
 # make repro TORCH_INDEX=<index> adds a package index, for example one with CPU-only torch wheels.
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 E = dvc exp run -S profile=
 
-.PHONY: repro test test-interpret test-aot triton check gate dag setup faults clean-state format
+.PHONY: repro test test-interpret test-aot triton check gate dag setup faults faults-sample clean-state format
 
 repro: setup  ## the whole pipeline with the default parameters, then the leaderboard
 	dvc repro
@@ -51,8 +51,20 @@ format: setup
 	ruff check --fix .
 	ruff format .
 
-faults: setup  ## every crash point of every stage and of training (about half an hour)
-	KUMIKI_FAULTS_EVERY=1 python -m pytest -q -m "faults or slow" tests
+FAULTS := .kumiki-faults.jsonl
+faults: setup  ## the whole fault catalogue, every crash point; writes docs/reliability.md
+	rm -f $(FAULTS)
+	export KUMIKI_FAULTS_EVERY=1 KUMIKI_FAULTS_REPORT=$(CURDIR)/$(FAULTS); $(call halves,faults or slow)
+	python -m tests.faults.catalogue $(FAULTS)
+
+faults-sample: setup  ## a fixed sample of it, minutes
+	$(call halves,faults)
+
+# The kills of every stage beside all else: two processes, for two cores.
+define halves
+python -m pytest -q -m "$(1)" -k a01_to_a08 tests/faults/test_stages.py & first=$$!; \
+python -m pytest -q -m "$(1)" -k "not a01_to_a08" tests || { wait $$first; exit 1; }; wait $$first
+endef
 
 clean-state:  ## forget all working state and scratch; then `dvc repro -f` recomputes everything
 	rm -rf data/work checkpoints/*/work scratch

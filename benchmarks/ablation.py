@@ -7,8 +7,8 @@ Resumable: a run that has its line is not made again; stop it and start it as of
 Not here: vocab_pad, which changes nothing where 64 divides the vocabulary, and fp8 (no CPU has it).
 Time is CPU seconds of a step with one thread, which other work on the machine hardly changes.
 
-    python -m benchmarks.ablation --out ablation.jsonl            # all that is missing, then a table
-    python -m benchmarks.ablation --out ablation.jsonl --table    # the table alone
+    python -m benchmarks.ablation --out ablation.jsonl          # what is missing, then a table
+    python -m benchmarks.ablation --out ablation.jsonl --table  # the table alone
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3], help="a grid: all are shown")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--runs", nargs="+", default=list(TWINS))
+    parser.add_argument("--runs", nargs="*", default=list(TWINS))
     parser.add_argument("--ladder", action="store_true", help="also the plain models by depth")
     parser.add_argument("--val-bytes", type=int, default=100_000)
     parser.add_argument("--table", action="store_true", help="no training")

@@ -19,6 +19,7 @@ STAGE = Stage(
     inputs={"documents": "data/documents", "tokenizer": "data/tokenizers/{name}"},
     out="data/tokens/{name}.manifest.json",
     item="name",
+    tasks=True,
 )
 
 
@@ -48,6 +49,7 @@ def body(run: Run) -> None:
     from lib.data.tokenizer import load_tokenizer
 
     section = run.settings.encode_tokens[run.name]
+    stage.require_tasks(run, section.n_tasks)
     plan = plan_encoding(
         section,
         run.inputs["documents"] / section.documents,
@@ -57,7 +59,7 @@ def body(run: Run) -> None:
         open_tokenizer=load_tokenizer,
     )
     with run.pool() as pool_map:
-        manifest = encode(plan, pool_map, run.log)
+        manifest = encode(plan, pool_map, run.log, run.task)
     if manifest is not None:  # None: the share of one task of a job array
         manifest.write(run.result)
 

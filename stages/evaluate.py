@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lib.core import artifact, files, stage
+from lib.core import artifact, stage
 from lib.core.artifact import Manifest
 from lib.core.stage import Run, Stage
 
@@ -53,7 +53,9 @@ def body(run: Run) -> None:
 
 def modules(run: Run) -> list[str]:
     """The family's file, which is loaded by name, and what makes the samples."""
-    family = files.read_json(run.inputs["model"] / "config.json")["family"]
+    from lib.train.final import family_of
+
+    family = family_of(run.inputs["model"])
     return [f"lib.models.{family}", "lib.export.samples", "lib.export.generate"]
 
 

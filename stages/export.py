@@ -61,7 +61,9 @@ def body(run: Run) -> None:
 
 def modules(run: Run) -> list[str]:
     """What is loaded by name or ends up in the folder as source."""
-    family = files.read_json(run.inputs["model"] / "config.json")["family"]
+    from lib.train.final import family_of
+
+    family = family_of(run.inputs["model"])
     return [f"lib.models.{family}", "lib.export.hf", "lib.export.modeling"]
 
 

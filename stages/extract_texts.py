@@ -18,6 +18,7 @@ STAGE = Stage(
     sections=("seed", "download_shards", "extract_texts"),  # sources: where local shards lie
     inputs={"shards": "data/shards.manifest.json"},
     out="data/documents",
+    tasks=True,
 )
 
 
@@ -32,11 +33,19 @@ def identity(run: Run) -> dict[str, Any]:
 def body(run: Run) -> None:
     """Every recipe in turn; finished shards of an interrupted run are taken as they are."""
     from lib.data import sources
-    from lib.data.extract import extract_texts
+    from lib.data.extract import build_share, extract_texts
 
+    stage.require_tasks(run, run.settings.extract_texts.n_tasks)
     found = Manifest.read(run.inputs["shards"], "shards")
     shards = sources.ensure_shards(found, run.settings.download_shards, run.runtime, run.log)
     absent = {name: about.get("missing", []) for name, about in found.counts["sources"].items()}
+    if run.task is not None and run.of is not None:  # one share of a job array
+        with run.pool() as pool_map:
+            for name, recipe in run.settings.extract_texts.recipes.items():
+                mine = [shard for shard in shards if shard.source in recipe.sources]
+                count = build_share(mine, recipe, run.units / name, pool_map, run.task, run.of)
+                run.log(f"{name}: {count} shards of task {run.task}")
+        return
     with run.pool() as pool_map, files.atomic_folder(run.result) as out:
         for name, recipe in run.settings.extract_texts.recipes.items():
             files.make_folder(out / name)

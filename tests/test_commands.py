@@ -1,4 +1,4 @@
-"""docs/commands.md, the Makefile and `make -n` against each other: every guide's command has one."""
+"""docs/commands.md, the Makefile and `make -n` against each other."""
 
 from __future__ import annotations
 

@@ -293,3 +293,11 @@ def test_the_stage_says_what_it_does_in_a_moment():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Fetch, read or build the shards" in done.stdout
+
+
+def test_deep_nesting_is_refused_before_it_is_parsed(tmp_path):
+    """The parser's time grows with the square of the depth: 20,000 brackets took minutes."""
+    for text in ("a: " + "[" * 20_000, "a:\n" + "- " * 20_000):
+        (tmp_path / "params.yaml").write_text(text)
+        with pytest.raises(UserError, match="nested too deep"):
+            params.read_yaml(tmp_path / "params.yaml")

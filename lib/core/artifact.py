@@ -2,7 +2,8 @@
 
 A manifest is written last; a folder or a scratch generation without one that verifies does not
 exist. `key` hashes what was asked for, `sha256` what is there. No time, host, absolute path or
-version enters either.
+version enters either. A manifest carries a checksum of itself: all else that is read is believed
+because a manifest says so, hence one flipped bit in it must be seen too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from lib.core import files
 from lib.core.errors import InputError, UserError
 
-FORMAT, VERSION = "kumiki/manifest", 1
+FORMAT, VERSION = "kumiki/manifest", 2
 STAMPS = ".stamps.json"
 
 
@@ -57,18 +58,16 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
-        entries = [entry_plain(e) for e in self.files]
-        return files.canonical_json(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "kind": self.kind,
-                "key": self.key,
-                "recipe": self.recipe,
-                "files": entries,
-                "counts": self.counts,
-            }
-        )
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "key": self.key,
+            "recipe": self.recipe,
+            "files": [entry_plain(e) for e in self.files],
+            "counts": self.counts,
+        }
+        return files.canonical_json({**content, "check": _checksum(content)})
 
     def write(self, path: Path) -> None:
         """Write the manifest, whole or not at all."""
@@ -89,6 +88,12 @@ class Manifest:
                 value=f"{raw.get('version')}, this is {VERSION}",
                 remedy="run the stage that makes it again",
             )
+        if not _is_as_written(raw):
+            raise InputError(
+                "manifest differs from what was written",
+                file=path,
+                remedy="run the stage that makes it again",
+            )
         if kind is not None and raw.get("kind") != kind:
             raise UserError("wrong kind of artefact", file=path, value=f"{raw['kind']}, not {kind}")
         try:
@@ -105,6 +110,18 @@ class Manifest:
                 "manifest does not match its key", file=path, remedy="run its stage again"
             )
         return manifest
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(files.canonical_json(content)).hexdigest()[:16]
+
+
+def _is_as_written(raw: dict[str, Any]) -> bool:
+    content = {name: value for name, value in raw.items() if name != "check"}
+    try:
+        return raw.get("check") == _checksum(content)
+    except ValueError:  # a number or character that canonical JSON has not
+        return False
 
 
 def entry_from(raw: dict[str, Any]) -> FileEntry:

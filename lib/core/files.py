@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST = "manifest.json"
+FULL = "No space left on device"  # in the text of libraries that raise what is no OSError
 _BUFFER = 1 << 18  # bytes gathered before one write call
 _DISK_CAUSES = {
     errno.ENOSPC: "disk full",
@@ -215,9 +216,13 @@ def library_file(path: Path, estimate_bytes: int = 0) -> Iterator[Path]:
         with disk_errors(temp, estimate_bytes):
             temp.chmod(0o644)
         _fsync(temp)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+        if FULL in str(error) and not isinstance(error, KumikiError):  # its own exception
+            mapped = as_env_error(OSError(errno.ENOSPC, FULL), temp, estimate_bytes)
+            assert mapped is not None
+            raise mapped from error
         raise
     rename(temp, path)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import re
 import sys
 import types
@@ -28,6 +29,7 @@ from lib.core.settings import Settings
 
 PARAMS, LOCAL = "params.yaml", ".kumiki.yaml"
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)$", re.IGNORECASE)
+_MAX_DEPTH = 100
 _MAX_ALIASES = 1000
 
 Problem = tuple[str, str, object, str]  # what, key, value, remedy
@@ -192,6 +194,8 @@ def read_yaml(path: Path) -> dict:
         raise UserError("not UTF-8", file=path, value=error, remedy="save it as UTF-8") from None
     if len(re.findall(r"(?:^|[\s\[,{])\*\w", text)) > _MAX_ALIASES:
         raise UserError("too many aliases", file=path, remedy=f"use at most {_MAX_ALIASES}")
+    if _is_deep(text):
+        raise UserError("nested too deep", file=path, remedy=f"use at most {_MAX_DEPTH} levels")
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError, RecursionError) as error:
@@ -199,6 +203,14 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError("not a mapping", file=path, remedy="see the params.yaml of the project")
     return value
+
+
+def _is_deep(text: str) -> bool:
+    """Whether brackets or dashes nest beyond reason: the parser's time grows with depth squared."""
+    opened = itertools.accumulate(
+        1 if mark in "[{" else -1 for mark in re.findall(r"[\[\]{}]", text)
+    )
+    return max(opened, default=0) > _MAX_DEPTH or bool(re.search(r"(?:[-?] +){100}", text))
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict:

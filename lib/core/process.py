@@ -160,19 +160,31 @@ def _map_bounded(
 
 
 def map_ray(ray: Any, workers: int) -> PoolMap:
-    """The same `PoolMap` over a running Ray cluster: same units, same order, same bytes."""
+    """The same `PoolMap` over a running Ray cluster: same units, same order, same bytes.
 
-    @ray.remote
+    An error of a unit comes out as itself, a worker that is lost as an EnvError.
+    """
+
+    @ray.remote(max_retries=2)  # units are idempotent; a lost node costs its units again
     def call(function: Callable, unit: Any) -> Any:
         return function(unit)
+
+    def taken(reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.WorkerCrashedError as error:
+            remedy = "lower runtime.workers and run the same command"
+            raise EnvError("a worker process was killed", value="Ray", remedy=remedy) from error
 
     def mapped(function: Callable, units: Iterable) -> Iterator:
         waiting: list[Any] = []
         for unit in units:
             waiting.append(call.remote(function, unit))
             if len(waiting) >= 2 * workers:
-                yield ray.get(waiting.pop(0))
+                yield taken(waiting.pop(0))
         for reference in waiting:
-            yield ray.get(reference)
+            yield taken(reference)
 
     return mapped

@@ -58,6 +58,7 @@ class Stage:
     beside: dict[str, str] = field(default_factory=dict)  # option -> folder that gets single files
     item: str | None = None  # "name" or "run": the option that picks the foreach item
     work: str = "data/work"  # where working state lies
+    tasks: bool = False  # whether its units can be shared out to a job array (--task, --of)
     defer_stop: bool = False  # True: commit at the next step instead of dropping the unit in hand
 
 
@@ -79,6 +80,8 @@ class Run:
     def __init__(self, stage: Stage, settings: Settings, arguments: argparse.Namespace) -> None:
         self.stage = stage
         self.name: str = getattr(arguments, stage.item) if stage.item else ""
+        self.task: int | None = getattr(arguments, "task", None)  # this process's share, of `of`
+        self.of: int | None = getattr(arguments, "of", None)
         self.settings = Declared(settings, stage.sections)
         self.runtime: Runtime = settings.runtime
         given = {option: getattr(arguments, option) for option in (*stage.inputs, *stage.extras)}
@@ -174,7 +177,9 @@ def _ray_pool(workers: int) -> Iterator[PoolMap]:
         ) from None
     from lib.core.process import map_ray
 
-    ray.init(num_cpus=workers, ignore_reinit_error=True, log_to_driver=False)
+    # RAY_ADDRESS names a cluster; without it a local one of `workers` processes is started.
+    local = {"num_cpus": workers, "include_dashboard": False}
+    ray.init(**({} if os.environ.get("RAY_ADDRESS") else local), log_to_driver=False)
     try:
         yield map_ray(ray, workers)
     finally:
@@ -226,6 +231,9 @@ def _guarded(
                 if not ranks.agree():
                     body(run)
                 return 0
+            if run.task is not None:
+                _run_task(run, body, identity, modules)
+                return 0
             with lock.exclusive_lock(run.out):
                 _run_locked(run, body, identity, check, modules)
         return 0
@@ -276,6 +284,28 @@ def _run_locked(
         finally:
             run._log = None
             log.close()
+
+
+def _run_task(run: Run, body: Callable, identity: Callable, modules: Callable) -> None:
+    """One share of the units, beside others; the run without --task merges what all have made."""
+    if run.of is None or not 0 <= run.task < run.of:  # type: ignore[operator]  # it is not None
+        value = f"--task {run.task} --of {run.of}"
+        raise UserError("not a task", value=value, remedy="use 0 <= task < of")
+    _find_work(run, identity)
+    with lock.exclusive_lock(run.work.parent / f"{run.fingerprint}_task_{run.task}"):
+        if not _open_work(run, modules(run)):
+            body(run)
+        run.log(f"task {run.task} of {run.of} is done")
+
+
+def require_tasks(run: Run, n_tasks: int) -> None:
+    """UserError where `--of` is not the fixed division of the parameters."""
+    if run.of is not None and run.of != n_tasks:
+        raise UserError(
+            "another division than the parameters have",
+            value=f"--of {run.of}, n_tasks is {n_tasks}",
+            remedy=f"use --of {n_tasks}, or change n_tasks",
+        )
 
 
 def _open_work(run: Run, modules: Sequence[str]) -> bool:
@@ -398,6 +428,9 @@ def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=stage.out.replace("{name}", name or ""))
     for option, default in stage.beside.items():
         parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
+    if stage.tasks:
+        parser.add_argument("--task", type=int, help="do the units of this task only, from 0")
+        parser.add_argument("--of", type=int, help="how many tasks there are: n_tasks")
     parser.add_argument(
         "--set",
         action="append",
@@ -435,7 +468,7 @@ def by_cause(error: BaseException) -> KumikiError | None:
             name = Path(os.fsdecode(link.filename)) if link.filename else Path("x")
             if mapped := files.as_env_error(link, name):
                 return mapped
-        if "No space left on device" in text:
+        if files.FULL in text:
             return files.as_env_error(OSError(errno.ENOSPC, text), Path("x"))
         if isinstance(link, MemoryError) or "out of memory" in text or "Cannot allocate" in text:
             return EnvError("out of memory", value=text or None, remedy="lower runtime.workers")

@@ -311,6 +311,13 @@ def write_part(job: PartJob) -> tuple[Entry, FileEntry]:
 # ---------------------------------------------------------------- the stage
 
 
+def build_share(
+    shards: Sequence[Shard], recipe: Recipe, work: Path, pool_map: PoolMap, task: int, of: int
+) -> int:
+    """The units of every `of`th shard from `task` on; `extract_texts` finds them. Their number."""
+    return len(build_units([_with_sha256(s) for s in shards[task::of]], recipe, work, pool_map))
+
+
 def extract_texts(
     shards: Sequence[Shard],
     recipe: Recipe,

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from lib.core.errors import Interrupted, KumikiError, UserError, report_lines
 
-ANYWHERE = ("generate", "chat", "push", "harness", "completion")  # the others need the project's folder
+ANYWHERE = (
+    "generate",
+    "chat",
+    "push",
+    "harness",
+    "completion",
+)  # the others need the project's folder
 DEVICES = ("auto", "cpu", "cuda", "mps")
 ELSEWHERE = {"harness": "lib.eval.harness_command"}  # modules outside of lib/export/commands
 SHELLS = ("bash", "zsh", "tcsh")

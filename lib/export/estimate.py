@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from lib.core import params
+from lib.core import dag, params
 from lib.core.artifact import Manifest
 from lib.core.data_settings import EmbeddedSource, HubDatasetSource, ParquetSource
-from lib.core.run_settings import Train
 from lib.core.settings import Settings
 from lib.export.machines import Machine
 
@@ -65,12 +65,20 @@ def costs(settings: Settings, machine: Machine, run: str | None = None) -> list[
 def runs_of(settings: Settings) -> list[str]:
     """The runs that the profile is about: those it overlays, or all where it overlays none."""
     every = [name for name in settings.train if name != "defaults"]
+    touched = _touched(_overlay(settings))
+    return [n for n in every if {n, settings.train[n].family} & touched] or every
+
+
+def _overlay(settings: Settings) -> dict[str, Any]:
     profiles = params.read_yaml(Path(params.PARAMS)).get("profiles") or {}
-    overlay = profiles.get(settings.profile) or {}
-    touched = {
+    return profiles.get(settings.profile) or {}
+
+
+def _touched(overlay: dict[str, Any]) -> set[str]:
+    """Runs and families that an overlay says something of."""
+    return {
         n for part in ("train", "model", "runs") for n, v in (overlay.get(part) or {}).items() if v
     }
-    return [n for n in every if {n, settings.train[n].family} & touched] or every
 
 
 # ---------------------------------------------------------------- data
@@ -115,8 +123,8 @@ def data_costs(settings: Settings, machine: Machine) -> Iterator[Cost]:
             basis="counted in the manifest" if known else "bounded by the settings",
             facts=(("tokens", tokens),),
         )
-    if settings.encode_tokens.keys() & {"bpe"} and "cvfp" in _kinds(settings):
-        yield from _embedding_costs(settings)
+    if _wants_embeddings(settings):
+        yield embedding_cost(settings)
 
 
 def download_bytes(source: Any) -> float | None:
@@ -172,35 +180,28 @@ def _text_bytes(settings: Settings) -> float | None:
     return total
 
 
-def _kinds(settings: Settings) -> set[str]:
-    """Families of the profile's runs; a profile without any is named after its family."""
-    names = {settings.train[name].family or name for name in runs_of(settings)}
-    return names | {settings.profile.partition("_")[0]}
+def _wants_embeddings(settings: Settings) -> bool:
+    """Whether the profile says anything of token vectors, or nothing of any run: then all count."""
+    overlay = _overlay(settings)
+    if _touched(overlay):
+        return bool(overlay.get("precompute_embeddings"))
+    return "precompute_embeddings" in params.read_yaml(Path(params.PARAMS))
 
 
-def _embedding_costs(settings: Settings) -> Iterator[Cost]:
-    """Vectors of every training token and CVFP's contexts: 2 B a number, two context files."""
-    sizes = embedding_bytes(settings)
-    if sizes is None:
-        return
-    embeddings, contexts = sizes
-    yield Cost(
+def embedding_cost(settings: Settings) -> Cost:
+    """Token vectors on disk, by the stage's own plan; what training adds is told beside it."""
+    from lib.data.embedding_plan import plan_of
+
+    sizes = plan_of(settings).files()
+    contexts = sum(size for name, size in sizes.items() if name.startswith("context_"))
+    vectors = sizes.get("embeddings.npy", sizes["table.npy"])
+    return Cost(
         stage="precompute_embeddings",
-        scratch_bytes=embeddings,
+        scratch_bytes=sizes["token_ids.npy"] + vectors,
         ram_bytes=PROCESS_BYTES,
         binds="disk",
-        facts=(("embeddings_bytes", embeddings), ("contexts_bytes", contexts)),
+        facts=(("embeddings_bytes", vectors), ("contexts_bytes", contexts)),
     )
-
-
-def embedding_bytes(settings: Settings, width: int = 768) -> tuple[float, float] | None:
-    """(embeddings, contexts) of the encoding `bpe` as float16; contexts are kept twice."""
-    if "bpe" not in settings.encode_tokens:
-        return None
-    tokens = train_tokens(settings, "bpe")
-    if tokens is None:
-        return None
-    return tokens * width * 2, 2 * tokens * width * 2
 
 
 def _scratch_of(path: Path) -> float | None:
@@ -227,11 +228,15 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
     section = settings.train[name]
     family = load_family(section.family or name)
     encoding = settings.encode_tokens[section.tokens or "bpe"]
-    vocab_size = _vocab_size(settings, section.tokens or "bpe")
+    vocab_size, context = _vocab_size(settings, section.tokens or "bpe"), encoding.context
     with torch.device("meta"):
         model = family.Model(section.model, vocab_size)
     model.vocab_size = vocab_size
-    plan = make_plan(section, model, encoding.context, torch.bfloat16)
+    if hasattr(model, "read_from"):  # its steps are sweeps over all tokens of its source
+        tokens = train_tokens(settings, section.tokens or "bpe") or 0
+        model.source = SimpleNamespace(tokens=int(tokens), has_rows=False)  # type: ignore[assignment]
+        context = getattr(model, "stream_rows", None) or context
+    plan = make_plan(section, model, context, torch.bfloat16)
     tokens = plan.steps * plan.batch_tokens
     embedding = sum(
         p.numel() for p in model.parameters() if p.ndim == 2 and p.shape[0] >= vocab_size
@@ -239,6 +244,7 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
     worked = _streamed(settings, model, plan, machine)
     worked = worked or _resident(model, plan, settings, machine)
     facts = (
+        ("run", name),
         ("parameters", plan.parameters),
         ("embedding", embedding),
         ("non_embedding", plan.parameters - embedding),
@@ -250,7 +256,7 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
         ("tokens_per_s", worked["tokens_per_s"]),
     )
     return Cost(
-        stage=f"train_{name}",
+        stage=stage_of(name),
         scratch_bytes=CHECKPOINT_BYTES * plan.parameters * settings.runtime.keep_last,
         ram_bytes=worked["ram_bytes"],
         vram_bytes=worked["vram_bytes"],
@@ -259,6 +265,14 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
         basis=machine.source,
         facts=facts,
     )
+
+
+def stage_of(run: str) -> str:
+    """The stage of dvc.yaml that trains a run."""
+    for stage, body in dag.stages_of(Path()).items():
+        if f"--run {run} " in f"{body['cmd']} " and "stages.pretrain" in body["cmd"]:
+            return stage
+    return f"train@{run}"
 
 
 def _resident(model: Any, plan: Any, settings: Settings, machine: Machine) -> dict[str, Any]:
@@ -274,6 +288,10 @@ def _resident(model: Any, plan: Any, settings: Settings, machine: Machine) -> di
     depth = 1 if settings.runtime.activation_checkpointing else depth
     activations = ACTIVATION_BYTES * rows * plan.context * width * depth
     held = STATE_BYTES * plan.parameters + activations
+    if getattr(model, "stream_rows", None):  # a sweep's memory does not follow its step's length
+        from lib.data.embedding_plan import plan_of
+
+        held = plan_of(settings).memory()
     cpu = machine.vram_bytes is None
     return {
         "ram_bytes": PROCESS_BYTES + held if cpu else PROCESS_BYTES + 1.5e9,
@@ -317,7 +335,7 @@ def _vocab_size(settings: Settings, encoding: str) -> int:
     return settings.train_tokenizer[settings.encode_tokens[encoding].tokenizer].vocab_size
 
 
-def fitting(section: Train, cost: Cost, seconds: float) -> dict[str, Any]:
+def fitting(cost: Cost, seconds: float) -> dict[str, Any]:
     """Steps and tokens that fit in `seconds`, and the compute-optimal size for that many FLOPs.
 
     C = 6 N D with D = 20 N (arXiv 2203.15556): N = sqrt(C / 120).

@@ -80,10 +80,22 @@ class Weights:
         A, B, b, gain, offset = zip(*found, strict=True)
         return cls(A, B, b, gain, offset, gelu)
 
-    @property
-    def depth(self) -> int:
-        """L."""
-        return len(self.A)
+    def apart(self) -> tuple[Weights, Callable[[], Tensor]]:
+        """Leaves of the same values, and what hands their gradients on once, at a step's end.
+
+        Otherwise every micro-batch would carry its gradient through the views that cut A out of W:
+        a twentieth of the step's time.
+        """
+        groups = (self.A, self.B, self.b, self.gain, self.offset)
+        whole = [x for group in groups for x in group]
+        leaves = [x.detach().contiguous().requires_grad_(x.requires_grad) for x in whole]
+        cut = [tuple(leaves[i : i + len(self.A)]) for i in range(0, len(leaves), len(self.A))]
+
+        def hand_on() -> Tensor:
+            pairs = zip(whole, leaves, strict=True)
+            return deliver([(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None])
+
+        return Weights(cut[0], cut[1], cut[2], cut[3], cut[4], self.gelu), hand_on
 
     def token_side(self, u: Tensor) -> list[Tensor]:
         """P_l = B_l u + b_l in the compute dtype; u (..., e) -> L of (..., d)."""
@@ -191,12 +203,11 @@ class _Trajectory(torch.autograd.Function):
                 )
                 dgain[layer] += dg
                 doffset[layer] += do
-                dh = dP[layer][t]
-                slope = dy.to(dtype)
-                dh.copy_(
-                    torch.ops.aten.gelu_backward(slope, r) if ctx.gelu
-                    else torch.ops.aten.threshold_backward(slope, r, 0)
-                )  # fmt: skip
+                dh, slope = dP[layer][t], dy.to(dtype)
+                if ctx.gelu:
+                    torch.ops.aten.gelu_backward.grad_input(slope, r, grad_input=dh)
+                else:
+                    torch.ops.aten.threshold_backward.grad_input(slope, r, 0, grad_input=dh)
                 if layer == 0 and t == 0 and not ctx.needs_input_grad[0]:
                     break  # the input is detached: a third of the last matmuls falls away
                 dz = (
@@ -223,7 +234,7 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def one_step(c: Tensor, P: Sequence[Tensor], weights: Weights) -> Tensor:
     """f on every row at once: c (n, d), P: L of (n, d) -> (n, d)."""
-    return trajectory(c, [p[None] for p in P], weights)[-1][0]
+    return trajectory(c, [p[None] for p in P], weights)[-1].squeeze(0)
 
 
 # ---------------------------------------------------------------- token side by table
@@ -233,7 +244,7 @@ class TokenTables:
     """P_l of many tokens through a table row for each id (cvfp.md 15.2).
 
     The table of a step is built once for the ids present, its rows are gathered per micro-batch;
-    gradients are summed into one buffer, and `surrogate` carries them on to B and b at the end.
+    gradients are summed into one buffer, and `hand_on` carries them to B and b at the end.
     """
 
     def __init__(self, weights: Weights, vectors: Tensor, learns: bool) -> None:
@@ -251,11 +262,32 @@ class TokenTables:
         pairs = zip(self.values, self.gradients, strict=True)
         return [_Gather.apply(self._anchor, v, g, index) for v, g in pairs]  # type: ignore[misc]
 
-    def surrogate(self) -> Tensor:
-        """0 whose gradient is that of all rows gathered so far; yield it last."""
-        parts = zip(self.gradients, self.tables, strict=True)
-        total = torch.stack([(g * table.to(g.dtype)).sum() for g, table in parts]).sum()
-        return total - total.detach()
+    def hand_on(self) -> Tensor:
+        """0 whose gradient is that of all rows gathered so far; yield it after them."""
+        pairs = zip(self.tables, self.gradients, strict=True)
+        return deliver([(table, g.to(table.dtype)) for table, g in pairs])
+
+
+def deliver(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """0 whose backward gives each tensor its gradient as it is, whatever the loss is scaled by:
+
+    the gradients were made under that scale already.
+    """
+    if not pairs:  # nobody asked for a gradient
+        return torch.zeros((), requires_grad=True)
+    tensors, gradients = zip(*pairs, strict=True)
+    return _Deliver.apply(gradients, *tensors)  # type: ignore[return-value]  # a tensor
+
+
+class _Deliver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradients, *tensors):  # type: ignore[override]
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[override]
+        return None, *ctx.gradients
 
 
 class _Gather(torch.autograd.Function):

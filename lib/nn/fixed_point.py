@@ -159,9 +159,12 @@ def two_pass(
     keeps: bool,
     seen: Callable[[Terms], None] = lambda terms: None,
     commit: Callable[[], None] = lambda: None,
-    tables: TokenTables | None = None,
+    last: Sequence[Callable[[], Tensor]] = (),
 ) -> Iterator[Tensor]:
-    """The losses of one step. seen: rows of pass 1; commit: after them, before the first loss."""
+    """The losses of one step. seen: rows of pass 1; commit: after them, before the first loss.
+
+    last: losses of value 0 that carry gathered gradients on.
+    """
     kept: list[Terms] = []
     with torch.set_grad_enabled(keeps):
         for terms in run():
@@ -173,8 +176,13 @@ def two_pass(
     commit()
     for terms in kept if keeps else run():
         yield objective.loss(terms)
-    if tables is not None:
-        yield tables.surrogate()
+    for hand_on in last:
+        yield hand_on()
+
+
+def handed(tables: TokenTables | None, weights: Callable[[], Tensor]) -> list[Callable[[], Tensor]]:
+    """What is yielded last, in order: tables hand on to the weights' leaves, those to the model."""
+    return [weights] if tables is None else [tables.hand_on, weights]
 
 
 class Memory:
@@ -257,7 +265,7 @@ class Exact:
         model, config, step = self.model, self.model.config, batch.step
         tokens = batch.tokens.t().contiguous()  # (T, B)
         T, B = tokens.shape
-        weights, keep = model.weights(), model.keep_of(tokens)
+        (weights, hand_on), keep = model.weights().apart(), model.keep_of(tokens)
         tables, index = unique_tables(model, weights, tokens, learns=True)
         vectors = batch_vectors(model, batch)
         memory = Memory(model, step, tokens)
@@ -283,7 +291,9 @@ class Exact:
         pairs = sum(int(v.sum()) for v in valid)
         objective = Objective(model, step, T * B, pairs)
         keeps = T * B * activation_bytes(config, weights) <= model.activation_bytes
-        yield from two_pass(run, objective, keeps=keeps, seen=self._see, tables=tables)
+        yield from two_pass(
+            run, objective, keeps=keeps, seen=self._see, last=handed(tables, hand_on)
+        )
         self.numbers = objective.numbers
 
     def _terms(
@@ -444,7 +454,7 @@ class Jacobi:
     def _sweep(self, disk: Sweeps, k: int, j: int, step: int) -> Iterator[Tensor]:
         model, config, source = self.model, self.model.config, self.model.source
         assert source is not None
-        weights, (start, stop) = model.weights(), disk.span(j)
+        (weights, hand_on), (start, stop) = model.weights().apart(), disk.span(j)
         wide, micro = weights.b[0].dtype, config.micro_tokens
         ids = source.ids(start, stop)
         memory = Memory(model, step, ids)
@@ -505,7 +515,9 @@ class Jacobi:
             self.numbers = objective.numbers
 
         keeps = (stop - start) * activation_bytes(config, weights) <= model.activation_bytes
-        yield from two_pass(run, objective, keeps=keeps, seen=seen, commit=commit, tables=tables)
+        yield from two_pass(
+            run, objective, keeps=keeps, seen=seen, commit=commit, last=handed(tables, hand_on)
+        )
 
     def _before(self, disk: Sweeps, k: int, j: int) -> Tensor:
         """The vector before the chunk: what this sweep wrote last; for the first token the wrap."""

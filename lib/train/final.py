@@ -9,7 +9,7 @@ Rule:  nothing is read before its hash agrees; names and shapes are compared wit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,17 @@ def write_final(
         Manifest(kind=KIND, recipe=recipe, files=artifact.describe(part)).write(
             part / files.MANIFEST
         )
+
+
+def family_of(folder: Path) -> str:
+    """The family of a finished model; only its small files are verified, the weights are not read.
+
+    InputError where they are not as they were written.
+    """
+    manifest = Manifest.read(folder / files.MANIFEST, KIND)
+    entries = tuple(e for e in manifest.files if e.path == CONFIG)
+    artifact.verify(folder, replace(manifest, files=entries))
+    return files.read_json(folder / CONFIG)["family"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def rehearse(trial: Trial, steps: int, say: Callable[[int], None]) -> dict[str, Any]:
+def rehearse(trial: Trial, steps: int, say: Callable[[int], object]) -> dict[str, Any]:
     """`steps` steps on one repeated batch of random ids, and what a sound training must show.
 
     problems: one sentence each; empty where the loss starts near ln V and falls, and every

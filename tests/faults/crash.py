@@ -2,13 +2,17 @@
 
 After each kill two things must hold: nothing committed is wrong, and the same action run again
 ends with the same bytes as if nothing had happened (reliability.md 1.3, 6.1). Failing the Nth
-operation for every N is the method of SQLite's crash tests.
+operation for every N is the method of SQLite's crash tests. Instead of a kill the operation may
+fail with an errno: then the process must end with exit code 4, or do without it.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -19,14 +23,22 @@ MUTATIONS = (
     "open", "write", "fsync", "replace", "rename", "link", "unlink", "remove", "mkdir", "rmdir",
     "ftruncate", "posix_fallocate", "chmod", "close",
 )  # fmt: skip
+FAILING = {  # the operations that fail, by errno
+    errno.ENOSPC: ("open", "write", "mkdir", "link", "replace", "posix_fallocate"),
+    errno.EIO: ("write", "fsync", "close"),
+}
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 
 
 class Injector:
-    """Counts the mutations of this process; at number `kill_at` it writes half and dies."""
+    """Counts the mutations of this process; at number `kill_at` it writes half and dies.
 
-    def __init__(self, kill_at: int | None) -> None:
-        self.kill_at, self.count = kill_at, 0
+    error: the operation raises OSError with this errno instead; on a full disk (ENOSPC) every later
+    one that takes space does too.
+    """
+
+    def __init__(self, kill_at: int | None, error: int | None = None) -> None:
+        self.kill_at, self.error, self.count = kill_at, error, 0
         self.ours: set[int] = set()  # descriptors opened for writing
 
     def install(self) -> None:
@@ -40,24 +52,36 @@ class Injector:
                 return real(*args, **kwargs)
             if name in ("write", "close") and args[0] not in self.ours:
                 return real(*args, **kwargs)
+            if self.error is not None and name not in FAILING[self.error]:
+                return self._done(name, args, real(*args, **kwargs))
             self.count += 1
-            if self.count == self.kill_at:
+            if self.kill_at is not None and self._strikes():
                 if name == "write":
                     data = memoryview(args[1])
                     real(args[0], data[: len(data) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **kwargs)
-            if name == "open":
-                self.ours.add(result)
-            if name == "close":
-                self.ours.discard(args[0])
-            return result
+                if self.error is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if name == "close":
+                    self._done(name, args, real(*args, **kwargs))
+                raise OSError(self.error, os.strerror(self.error))
+            return self._done(name, args, real(*args, **kwargs))
 
         return counted
 
+    def _strikes(self) -> bool:
+        full = self.error == errno.ENOSPC and self.count > (self.kill_at or 0)
+        return full or self.count == self.kill_at
 
-def in_child(action: Callable[[], None], injector: Injector | None = None) -> int:
-    """Run `action` in a fork; returns its wait status (0 = done)."""
+    def _done(self, name, args, result):
+        if name == "open":
+            self.ours.add(result)
+        if name == "close":
+            self.ours.discard(args[0])
+        return result
+
+
+def in_child(action: Callable[[], int | None], injector: Injector | None = None) -> int:
+    """Run `action` in a fork; returns its wait status: 0 = done, else its code or signal."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -66,8 +90,7 @@ def in_child(action: Callable[[], None], injector: Injector | None = None) -> in
         try:
             if injector is not None:
                 injector.install()
-            action()
-            code = 0
+            code = action() or 0
         except BaseException:
             traceback.print_exc()
         finally:
@@ -86,15 +109,17 @@ def tree(folder: Path, skip: Callable[[str], bool] = lambda name: False) -> dict
 
 
 def enumerate_crashes(
-    action: Callable[[Path], None],
+    action: Callable[[Path], int | None],
     folder: Callable[[int], Path],
     inspect: Callable[[Path], None] = lambda path: None,
     skip: Callable[[str], bool] = lambda name: False,
     every: int = 1,
+    error: int | None = None,
 ) -> int:
     """Kill `action(folder(N))` at every `every`-th mutation; returns the number of points killed.
 
     folder(N) makes a fresh working folder. inspect(path) raises when something committed is wrong.
+    error: the operation fails with this errno instead, and the action ends with code 4 (or 0).
     """
     whole = folder(0)
     assert in_child(lambda: action(whole)) == 0, "the undisturbed run fails"
@@ -102,17 +127,36 @@ def enumerate_crashes(
     assert expected, "the undisturbed run left nothing to compare"
     point, killed = 1, 0
     while True:
-        path = folder(point)
-        status = in_child(lambda path=path: action(path), Injector(point))
-        if status == 0:
+        path, injector = folder(point), Injector(point, error)
+        status = in_child(functools.partial(_strike, action, path, injector), injector)
+        struck = (path / STRUCK).exists() or os.WIFSIGNALED(status)
+        (path / STRUCK).unlink(missing_ok=True)
+        if not struck:
+            assert status == 0, f"point {point}: {status}"
             return killed
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"point {point}"
+        if error is None:
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, point
+        else:
+            assert os.waitstatus_to_exitcode(status) in (0, 4), f"point {point}: {status}"
         killed += 1
         inspect(path)
         assert in_child(lambda path=path: action(path)) == 0, f"rerun after point {point} fails"
         found = tree(path, skip)
         assert found == expected, f"point {point}: {_first_difference(found, expected)}"
+        shutil.rmtree(path)
         point += every
+
+
+STRUCK = "struck"  # left by a child whose injected error happened
+
+
+def _strike(action: Callable[[Path], int | None], path: Path, injector: Injector) -> int | None:
+    """`action(path)`; word is left where its injected error was raised."""
+    code = action(path)
+    if injector.error is not None and injector.count >= (injector.kill_at or 0):
+        injector.error = None
+        (path / STRUCK).touch()
+    return code
 
 
 def _first_difference(found: dict[str, str], expected: dict[str, str]) -> str:

@@ -1,11 +1,17 @@
 """A toy project whose stages are killed everywhere, in a process of its own.
 
-`python -m tests.faults.toy FOLDER EVERY STAGE [ARGUMENT...]` prints the number of points killed.
-A fresh interpreter, because forks of a process in which Rust or OpenMP has started threads hang.
+`python -m tests.faults.toy FOLDER STEP [--every N] [--errno NAME]` prints the number of points that
+were struck. A fresh interpreter, because forks of a process in which Rust or OpenMP has started
+threads hang.
+
+A new stage is one line in `STEPS`; a new family has its steps because its file is there, and a line
+in `MODELS` where its first size of the contract suite is not the one to use here.
 """
 
 from __future__ import annotations
 
+import argparse
+import errno
 import gzip
 import importlib
 import json
@@ -13,15 +19,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib.core import artifact, dag, stage
 from lib.core.artifact import Manifest
+from lib.models import families
 from tests.conftest import ROOT
 from tests.faults.crash import enumerate_crashes, in_child, tree
 
-ORDER = ("download_shards", "extract_texts", "train_tokenizer", "encode_tokens")
-PARAMS = """
+CONTEXT, LIMIT = 16, 64  # of rows; of models, whose samples are longer
+MODELS = {"gpt": {"depth": 1, "width": 16, "heads": 2, "context": LIMIT}}
+DATA = """
 profile: small
 seed: 7
 download_shards:
@@ -37,14 +46,67 @@ encode_tokens:
   bpe: {documents: notes, tokenizer: bpe, context: 16, crop: requeue}
 profiles:
   small: {}
-runtime: {workers: 1, threads: 1}
+runtime: {workers: 1, threads: 1, device: cpu, checkpoint_every_steps: 1, device_batch_size: 2}
 """
+# One run of every family: steps, a validation and a checkpoint in each kind of place.
+TRAIN = {
+    "steps": 3, "batch_tokens": 4 * CONTEXT, "tokens": "bpe", "ema_decay": 0.9,
+    "eval_every": 2, "eval_bytes": 300, "lr": 0.01,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage with its arguments, and the steps that have run before it."""
+
+    words: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+
+STEPS: dict[str, Step] = {
+    "download": Step(("download_shards",)),
+    "extract": Step(("extract_texts",), ("download",)),
+    "bpe": Step(("train_tokenizer", "--name", "bpe"), ("extract",)),
+    "spm": Step(("train_tokenizer", "--name", "spm"), ("extract",)),
+    "encode": Step(("encode_tokens", "--name", "bpe"), ("bpe",)),
+}
+RUNS = {name: name for name in families()}  # run -> family
+for _run in RUNS:
+    STEPS[f"train_{_run}"] = Step(("pretrain", "--run", _run), ("encode",))
+    STEPS[f"evaluate_{_run}"] = Step(("evaluate", "--run", _run), (f"train_{_run}",))
+    STEPS[f"export_{_run}"] = Step(("export", "--run", _run), (f"train_{_run}",))
+SECTIONS: dict[str, dict] = {}  # of params.yaml, beside those in DATA
+if "cvfp" in RUNS:  # embeddings of a trained table, then two phases
+    _rows = ("--embeddings", "data/embeddings.manifest.json")
+    SECTIONS["precompute_embeddings"] = {"source": "checkpoint", "chunk_tokens": 1000}
+    RUNS["phase1_cvfp"] = "cvfp"
+    STEPS["embed"] = Step(("precompute_embeddings",), ("train_gpt",))
+    STEPS["train_phase1_cvfp"] = Step(("pretrain", "--run", "phase1_cvfp", *_rows), ("embed",))
+    _contexts = ("--contexts", "checkpoints/phase1_cvfp/final")
+    _words = ("pretrain", "--run", "cvfp", *_rows, *_contexts)
+    STEPS["train_cvfp"] = Step(_words, ("train_phase1_cvfp",))
+
+
+def params() -> str:
+    """params.yaml of the toy project, with every family there is."""
+    sizes = {name: MODELS.get(name) or _contract_size(name) for name in families()}
+    runs = {run: TRAIN | {"family": family} for run, family in RUNS.items()}
+    sections = {**SECTIONS, "train": runs, "model": sizes}
+    return DATA + "".join(f"{name}: {json.dumps(value)}\n" for name, value in sections.items())
+
+
+def _contract_size(family: str) -> dict:
+    from tests.test_family_contract import TINY
+
+    size = dict(TINY.get(family, [{}])[0])
+    return size | ({"context": LIMIT} if "context" in size else {})
 
 
 def write_project(project: Path) -> None:
     """Three small shards with repeats, short lines and awkward characters."""
     (project / "notes").mkdir(parents=True)
-    (project / "params.yaml").write_text(PARAMS)
+    (project / "params.yaml").write_text(params())
+    (project / "dvc.yaml").write_text("stages: {}\n")
     words = ["川が流れる", "the river", "木組み\n", "joinery", "数は", "ﾊﾝｶｸ", "number ▁"]
     for number, name in enumerate("abv"):
         texts = [
@@ -57,38 +119,66 @@ def write_project(project: Path) -> None:
             out.write(lines.encode())
 
 
-def run(project: Path, title: str, *arguments: str) -> None:
-    """The stage in this (forked) process; anything but success raises."""
+def run(project: Path, title: str, *arguments: str) -> int:
+    """The stage in this (forked) process; its exit code."""
     os.chdir(project)
     os.environ["KUMIKI_SCRATCH"] = "scratch"
     module = importlib.import_module(f"stages.{title}")
-    check = {"check": module.check} if hasattr(module, "check") else {}
-    code = stage.main(module.STAGE, module.body, module.identity, argv=arguments, **check)
-    assert code == 0, f"{title} ended with {code}"
+    hooks = {n: getattr(module, n) for n in ("check", "modules") if hasattr(module, n)}
+    return stage.main(module.STAGE, module.body, module.identity, argv=arguments, **hooks)
 
 
-def item_of(title: str) -> list[str]:
-    """The arguments with which the toy project runs a stage on the way."""
-    return ["--name", "bpe"] if title in ("train_tokenizer", "encode_tokens") else []
+def order_of(step: str) -> list[str]:
+    """The steps that `step` needs, in order, without itself."""
+    found: list[str] = []
+    for earlier in STEPS[step].after:
+        found += [s for s in (*order_of(earlier), earlier) if s not in found]
+    return found
 
 
-def prepare(folder: Path, title: str) -> Path:
-    """The toy project as stage `title` finds it: all stages before it have run."""
-    for name in ("pandas", "lib.data.extract", "lib.data.encode", "lib.data.tokenizer"):
-        importlib.import_module(name)  # once, not in every fork
-    dag.code_hash(f"stages.{title}", ROOT)
+def prepare(folder: Path, *steps: str) -> Path:
+    """The toy project as `steps` find it: all that they need has run."""
+    warm(any(STEPS[s].words[0] in ("pretrain", "evaluate", "export") for s in steps))
     project = folder / "prepared"
     write_project(project)
-    for earlier in ORDER[: ORDER.index(title)]:
-        done = in_child(lambda name=earlier: run(project, name, *item_of(name)))
-        assert done == 0, f"{earlier} fails"
+    done: list[str] = []
+    for step in steps:
+        for earlier in (s for s in order_of(step) if s not in done):
+            status = in_child(lambda words=STEPS[earlier].words: run(project, *words))
+            assert status == 0, f"{earlier} ends with {os.waitstatus_to_exitcode(status)}"
+            done.append(earlier)
     return project
+
+
+def warm(models: bool) -> None:
+    """Lazy imports happen here, once, not in every fork; no thread is started."""
+    names = ["pandas", "lib.data.extract", "lib.data.encode", "lib.data.tokenizer"]
+    if models:
+        import torch
+
+        torch.set_num_threads(1)
+        loss = torch.nn.Linear(4, 4)(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
+        names += ["lib.train.session", "lib.train.trainer", "lib.eval.judge", "lib.export.hf"]
+        names += ["lib.export.saved", "lib.export.samples", "safetensors.torch"]
+        names += ["tests.train.test_trainer"]  # what of a log follows the clock
+        names += [f"lib.models.{family}" for family in families()]
+    for name in names:
+        importlib.import_module(name)
+    for words in {step.words[0] for step in STEPS.values()}:
+        dag.code_hash(f"stages.{words}", ROOT)
+
+
+VARYING = (
+    "stage.log", "receipt.json", ".stamps.json", "done.json", ".pyc", "training_log.jsonl",
+    "speed.json",
+)  # fmt: skip
 
 
 def skip(name: str) -> bool:
     """What varies by moment: logs and receipts; stamps; parts that the next run sweeps."""
-    varying = ("stage.log", "receipt.json", ".stamps.json", "done.json", ".pyc")
-    return name.endswith(varying) or ".part" in name or "/units/" in name
+    return name.endswith(VARYING) or ".part" in name or "/units/" in name
 
 
 def copies(start: Path, folder: Path) -> Callable[[int], Path]:
@@ -107,34 +197,59 @@ def manifests_hold(project: Path) -> None:
     for path in project.rglob("manifest.json"):
         if ".part" not in path.as_posix():
             artifact.verify(path.parent, Manifest.read(path))
+    for path in project.rglob("*.manifest.json"):
+        Manifest.read(path)
 
 
-def bytes_of(start: Path, folder: Path, title: str, workers: int) -> dict[str, str]:
-    """The tree that a stage leaves with so many workers."""
+def log_without_clock(project: Path) -> str:
+    """training_log.jsonl of every run, but for what follows the clock."""
+    from tests.train.test_trainer import CLOCKED
+
+    lines = []
+    for path in sorted(project.rglob("training_log.jsonl")):
+        for line in path.read_text().splitlines():
+            kept = {k: v for k, v in json.loads(line).items() if k not in CLOCKED}
+            lines.append(json.dumps(kept, sort_keys=True))
+    return "\n".join(lines)
+
+
+def bytes_of(start: Path, folder: Path, step: str, workers: int) -> dict[str, str]:
+    """The tree that a step leaves with so many workers."""
     path = copies(start, folder)(workers)
     text = (path / "params.yaml").read_text().replace("workers: 1", f"workers: {workers}")
     (path / "params.yaml").write_text(text)
-    assert in_child(lambda: run(path, title, *item_of(title))) == 0
+    assert in_child(lambda: run(path, *STEPS[step].words)) == 0
     return {n: h for n, h in tree(path, skip).items() if n != "params.yaml"}
 
 
-def main(folder: str, every: str, title: str, *arguments: str) -> None:
-    """Enumerate the crash points of one stage; or, with EVERY 0, compare worker counts."""
-    start = prepare(Path(folder), title)
-    if every == "0":
-        one, two = (bytes_of(start, Path(folder), title, n) for n in (1, 2))
+def main() -> None:
+    """Enumerate the crash points of one step; with --every 0, compare worker counts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--errno", choices=("ENOSPC", "EIO"))
+    given = parser.parse_args()
+    start, words = prepare(given.folder, given.step), STEPS[given.step].words
+    if given.every == 0:
+        one, two = (bytes_of(start, given.folder, given.step, n) for n in (1, 2))
         assert one == two, sorted(n for n in one | two if one.get(n) != two.get(n))
         sys.stdout.write(f"{len(one)}\n")
         return
+
+    def whole(path: Path) -> int:
+        """The step; beside what it leaves, what its log says but for the clock."""
+        code = run(path, *words)
+        if code == 0 and words[0] == "pretrain":
+            (path / "log_without_clock").write_text(log_without_clock(path))
+        return code
+
+    number = getattr(errno, given.errno) if given.errno else None
     points = enumerate_crashes(
-        lambda path: run(path, title, *arguments),
-        copies(start, Path(folder)),
-        manifests_hold,
-        skip,
-        int(every),
+        whole, copies(start, given.folder), manifests_hold, skip, given.every, number
     )
     sys.stdout.write(f"{points}\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     seconds = parse_time(arguments.fit) if arguments.fit else None
     found = costs(settings, machine, arguments.run)
     fits = {
-        cost.stage: fitting(settings.train[cost.stage.removeprefix("train_")], cost, seconds)
+        cost.stage: fitting(cost, seconds)
         for cost in found
-        if seconds and cost.stage.startswith("train_")
+        if seconds and cost.stage.startswith("train")
     }
     lacking = problems(found, machine)
     if arguments.json:

@@ -150,6 +150,7 @@ def upload(
     repo: str, found: list[tuple[str, Path]], card: bytes, revision: str | None, *, private: bool
 ) -> str:
     """One commit; files that the hub has already are not sent again, so a rerun resumes."""
+    from httpx2 import TransportError  # what the hub's client speaks HTTP with
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -170,7 +171,7 @@ def upload(
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         raise refusal(repo, status, error) from None
-    except OSError as error:
+    except (TransportError, OSError) as error:
         raise EnvError(
             "hub is out of reach", value=redact(str(error)) or type(error).__name__,
             remedy="run the same command again; what arrived is not sent twice",

@@ -197,7 +197,8 @@ def show(settings: Settings, name: str | None, as_json: bool) -> None:
             (r["source"], r["kind"], f"{r['weight']:g}", f"{100 * r['share']:.1f} %", r["split"],
              r["field"], r["cap"], r["documents"], tables.size(r["bytes"]),
              tables.size(r["disk_bytes"]),
-             None if r["realised"] is None else f"{100 * r['realised']:.1f} %")
+             None if r["realised"] is None else f"{100 * r['realised']:.1f} %",
+             (r["licence"] or "")[:40] or None)
             for r in rows
         ]  # fmt: skip
         tables.put([f"recipe {recipe}", *tables.lines(cells, HEADER), ""])

@@ -55,7 +55,8 @@ class Axis:
                 found = [value for value in found if self.low <= value <= self.high]
                 if len(found) <= 6:
                     break
-            return found[:: -(-len(found) // 6) or 1]
+            if len(found) >= 3:
+                return found[:: -(-len(found) // 6) or 1]
         span = (self.high - self.low) or abs(self.low) or 1.0
         step = 10.0 ** math.floor(math.log10(span / 3))
         step *= next((m for m in (1, 2, 5) if span / (step * m) <= 5), 10)

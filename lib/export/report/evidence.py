@@ -78,7 +78,7 @@ def ledger(found: Found) -> str:
     for recipe, book in found.ledgers.items():
         rows = [
             _ledger_row(source, split, entry)
-            for source, splits in book["sources"].items()
+            for source, splits in book.get("sources", {}).items()
             for split, entry in splits.items()
         ]
         header = ("source", "split", "documents in", "kept", "dropped", "bytes in", "bytes kept",

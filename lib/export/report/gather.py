@@ -38,6 +38,11 @@ class FoundRun:
     speed: dict[str, Any] = field(default_factory=dict)  # measured, `kumiki report` only
 
     @property
+    def is_measured(self) -> bool:
+        """Whether its numbers are here, and the record that says on which text."""
+        return self.metrics is not None and self.val_sha256 is not None
+
+    @property
     def val_sha256(self) -> str | None:
         """The validation text it was measured on."""
         return self.record.get("val_sha256")
@@ -69,12 +74,12 @@ class Found:
 
     def groups(self) -> list[tuple[str | None, list[FoundRun]]]:
         """Runs by validation text, best first within; those without numbers last, under None."""
-        order = dict.fromkeys(r.val_sha256 for r in self.runs if r.metrics)
+        done = [run for run in self.runs if run.is_measured]
         found: list[tuple[str | None, list[FoundRun]]] = [
-            (text, sorted((r for r in self.runs if r.metrics and r.val_sha256 == text), key=_rank))
-            for text in order
+            (text, sorted((run for run in done if run.val_sha256 == text), key=_rank))
+            for text in dict.fromkeys(run.val_sha256 for run in done)
         ]
-        missing = [run for run in self.runs if not run.metrics]
+        missing = [run for run in self.runs if not run.is_measured]
         return found + ([(None, missing)] if missing else [])
 
 

@@ -29,7 +29,7 @@ def render(found: Found) -> str:
         f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>\n'
         for anchor, title, body in shown
     )
-    done = sum(run.metrics is not None for run in found.runs)
+    done = sum(run.is_measured for run in found.runs)
     about = f"profile {found.profile}, {done} of {len(found.runs)} runs measured"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

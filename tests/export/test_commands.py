@@ -1,0 +1,428 @@
+"""The commands around the models: success, each exit code, JSON, recipes, scratch, push, chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.core import artifact, files, params
+from lib.core.artifact import Manifest
+from lib.core.lock import exclusive_lock
+from lib.export import cli, estimate, machines
+from lib.export.commands import chat
+from lib.export.commands.config import load_profile
+from tests.conftest import ROOT
+from tests.project import add_model, make_project, run_module
+
+D20 = {"steps": 21_400, "tokens": 11_219_763_200, "parameters": 560_988_160}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = make_project(tmp_path_factory.mktemp("プロジェクト" + "x" * 150))
+    add_model(folder)
+    return folder
+
+
+@pytest.fixture
+def project(made, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(made, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "p"
+
+
+@pytest.fixture
+def kumiki(project, capsys):
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(words)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def has_family(name: str) -> None:
+    if not (ROOT / f"lib/models/{name}.py").is_file():
+        pytest.skip(f"family {name} is not in the tree yet")
+
+
+# ---------------------------------------------------------------- all commands
+
+
+def test_outside_a_project_only_some_commands_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["status"]) == 2
+    assert "no project here" in capsys.readouterr().err
+    assert cli.main(["completion", "bash"]) == 0
+    assert "_kumiki_runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - {"harness"}))
+def test_help_of_every_command(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert "usage: kumiki" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", (["config"], ["status"], ["recipe"], ["scratch", "list"]))
+def test_json_is_one_document_and_text_has_no_controls(kumiki, words):
+    code, out, _ = kumiki(*words, "--json")
+    assert code == 0 and json.loads(out) is not None and out.count("\n") == 1
+    code, out, err = kumiki(*words)
+    assert code == 0 and not {"\x1b", "\r"} & set(out + err)
+
+
+def test_commands_work_under_the_c_locale_in_a_read_only_checkout(made):
+    done = run_module(made, "lib.export.cli", "status", environment={"LC_ALL": "C"})
+    assert done.returncode == 0, done.stderr
+    assert b"scratch" in done.stdout
+
+
+def test_completion_is_a_script_that_bash_reads(kumiki, tmp_path):
+    code, out, _ = kumiki("completion", "bash")
+    (tmp_path / "kumiki.bash").write_text(out)
+    assert code == 0
+    subprocess.run(["bash", "-n", str(tmp_path / "kumiki.bash")], check=True)
+
+
+# ---------------------------------------------------------------- config, status, doctor
+
+
+def test_config_names_the_place_of_a_value(kumiki, project):
+    values = {v["key"]: v for v in json.loads(kumiki("config", "--json")[1])["values"]}
+    assert values["train.gpt.steps"] == {
+        "key": "train.gpt.steps", "value": 1, "origin": "train.gpt.steps", "default": None,
+    }  # fmt: skip
+    assert values["train.gpt.model.width"]["origin"] == "model.gpt.width"
+    assert values["train.gpt.lr"]["origin"] == "default"
+    (project / ".kumiki.yaml").write_text("runtime: {threads: 3}\n")
+    values = {v["key"]: v for v in json.loads(kumiki("config", "--changed", "--json")[1])["values"]}
+    assert values["runtime.threads"]["origin"] == ".kumiki.yaml runtime.threads"
+    assert "train.gpt.lr" not in values
+    code, _, err = kumiki("config", "--profile", "large")
+    assert code == 2 and "choose one of small" in err
+
+
+STAGE = """
+stages:
+  make:
+    cmd: exec python -m stages.extract_texts --out made.txt
+    deps: [params.yaml]
+    params: [seed]
+    outs: [made.txt]
+"""
+
+
+def test_status_tells_missing_done_stale_and_running(kumiki, project):
+    (project / "dvc.yaml").write_text(STAGE)
+
+    def state() -> dict:
+        return json.loads(kumiki("status", "--json")[1])["stages"][0]
+
+    assert state()["state"] == "missing"
+    (project / "made.txt").write_text("x")
+    from lib.export import pipeline
+
+    locked = {
+        "cmd": "exec python -m stages.extract_texts --out made.txt",
+        "deps": [{"path": "params.yaml", "md5": pipeline.md5(Path("params.yaml"))}],
+        "params": {"params.yaml": {"seed": 7}},
+    }
+    (project / "dvc.lock").write_text(json.dumps({"stages": {"make": locked}}))
+    assert state()["state"] == "done"
+    with exclusive_lock(project / "made.txt"):
+        found = state()
+        assert found["state"] == "running" and found["pid"] == os.getpid()
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("seed: 7", "seed: 8"))
+    assert state()["state"] == "stale"
+
+
+def test_status_verify_finds_a_flipped_bit(kumiki, project):
+    assert kumiki("status", "--verify")[0] == 0
+    path = next((project / "scratch/tokens").glob("*/train_00000.bin"))
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    code, out, err = kumiki("status", "--verify")
+    assert code == 3 and "train_00000.bin" in out and err.startswith("error: ")
+
+
+def test_doctor_passes_for_small_and_fails_on_a_broken_kernel(kumiki, monkeypatch):
+    from lib import kernels
+
+    code, out, _ = kumiki("doctor")
+    assert code == 0 and out.splitlines()[-1] == "small: everything needed is here"
+    if not hasattr(kernels, "report"):
+        pytest.skip("kernels cannot be asked yet")
+    wrong = kernels.Decision("scan", False, "self-test: error 9.1 of the bound", 9.1, 1e-3)
+    monkeypatch.setattr(kernels, "report", lambda device, dtype: [wrong])
+    code, out, err = kumiki("doctor", "--kernels", "--json")
+    found = json.loads(out)
+    assert code == 4 and not found["ok"] and found["rows"][-1]["state"] == "fail"
+    assert "kernel scan" in err and "reference" in err
+
+
+def test_doctor_shows_no_secret(kumiki, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    out = kumiki("doctor")[1]
+    assert "HF_TOKEN is set" in out and "abcdefgh" not in out
+
+
+# ---------------------------------------------------------------- estimate
+
+
+def shipped(monkeypatch, profile: str):
+    monkeypatch.chdir(ROOT)
+    return load_profile(profile)
+
+
+def test_reference_point_nanochat_d20(monkeypatch):
+    cost = estimate.train_cost(shipped(monkeypatch, "nanochat_d20"), "gpt", machines.TABLE["h200"])
+    facts = dict(cost.facts)
+    assert {name: facts[name] for name in D20} == D20
+
+
+def test_reference_point_cvfp_ultrachat(monkeypatch):
+    settings = shipped(monkeypatch, "cvfp_ultrachat")
+    facts = dict(estimate.embedding_cost(settings).facts)
+    sizes = [round(facts[f"{name}_bytes"] / 1e9, 1) for name in ("embeddings", "contexts")]
+    assert sizes == [39.3, 78.6]
+
+
+def test_reference_point_ramgpt_1b(monkeypatch):
+    has_family("ramgpt")
+    settings = shipped(monkeypatch, "ramgpt_1b")
+    cost = estimate.train_cost(settings, "ramgpt", machines.TABLE["rtx3050-6gb"])
+    facts = dict(cost.facts)
+    assert facts["parameters"] == 1_098_705_408
+    assert round(facts["checkpoint_bytes"] / 1e9, 1) == 13.2
+    assert (cost.seconds or 0) / 86400 == pytest.approx(1147, rel=0.02)
+
+
+def test_estimate_counts_refuses_and_fits(kumiki):
+    code, out, _ = kumiki("estimate", "--json", "--device", "cpu2", "--fit", "1h")
+    found = json.loads(out)
+    assert code == 0 and found["fit"]["train@gpt"]["steps"] == 1
+    assert found["machine"]["source"] == "from table, not measured"
+    assert kumiki("estimate", "--device", "abacus")[0] == 2
+    assert kumiki("estimate", "--fit", "soon")[0] == 2
+    assert kumiki("estimate", "--run", "nobody")[0] == 2
+
+
+def test_what_does_not_fit_names_need_and_knobs(kumiki, monkeypatch):
+    tiny = machines.Machine(name="tiny", flops=1e9, vram_bytes=1e6, ram_bytes=1e12)
+    monkeypatch.setitem(machines.TABLE, "cpu2", tiny)
+    code, _, err = kumiki("estimate", "--device", "cpu2")
+    assert code == 4 and "GPU memory too small for train@gpt" in err and "device_batch_size" in err
+
+
+def test_rates_of_doctor_full_are_used(kumiki, project):
+    files.write_json(machines.cache_file(), {"matmul_flops": 8e10})
+    found = json.loads(kumiki("estimate", "--json")[1])
+    assert found["machine"]["flops"] == 4e10 and "measured" in found["machine"]["source"]
+
+
+# ---------------------------------------------------------------- recipe
+
+
+ANSWERS = "mine\nown\nown\n0.25\n1000\n"
+
+
+def test_a_dialogue_and_its_replay_give_the_same_bytes(project):
+    (project / "answers.txt").write_text(ANSWERS)
+    replay = run_module(project, "lib.export.cli", "recipe", "--from", "answers.txt")
+    assert replay.returncode == 0, replay.stderr
+    ours, theirs = pty.openpty()
+    os.write(ours, ANSWERS.encode())
+    asked = run_module(project, "lib.export.cli", "recipe", "--ask", stdin=theirs)
+    os.close(theirs)
+    os.close(ours)
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout == replay.stdout and b"own: 0.25" in asked.stdout
+
+
+def test_ask_needs_a_terminal(project):
+    done = run_module(project, "lib.export.cli", "recipe", "--ask", stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and b"nobody to ask" in done.stderr
+
+
+def test_write_touches_the_recipe_alone(tmp_path, monkeypatch, capsys):
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "params.yaml").read_text().splitlines()
+    words = ["recipe", "en", "--set", "python_docs=0.75", "--set", "ja_sample=0.25", "--write"]
+    assert cli.main(words) == 0
+    assert "{'python_docs': 1.0} -> {'python_docs': 0.75" in capsys.readouterr().err
+    after = (tmp_path / "params.yaml").read_text().splitlines()
+    at = before.index("        python_docs: 1.0")
+    assert after == [*before[:at], "        python_docs: 0.75", "        ja_sample: 0.25",
+                     *before[at + 1 :]]  # fmt: skip
+    assert params.load().extract_texts.recipes["en"].sources == {"python_docs": 0.75,
+                                                                   "ja_sample": 0.25}  # fmt: skip
+    assert cli.main(["recipe", "--set", "nobody=1"]) == 2
+    assert cli.main(["recipe", "--set", "ja_sample=much"]) == 2
+
+
+def test_groups_share_out_and_local_files_are_sources(tmp_path, monkeypatch, capsys):
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    files.write_bytes(tmp_path / "data/local/notes.txt", b"a\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe", "muse7", "--profile", "phase7_1p5b", "--init", "japanese", "--json"]
+    assert cli.main(words) == 0
+    weights = json.loads(capsys.readouterr().out)["sources"]
+    assert weights["dolly_ja"] == weights["wikipedia_ja"] == 0.35 and weights["evol_code"] == 0.15
+    assert cli.main(["recipe", "own", "--set", "notes=1", "--write"]) == 0
+    settings = params.load()
+    assert settings.download_shards.sources["notes"].paths == ("data/local/notes.txt",)
+    assert settings.extract_texts.recipes["own"].sources == {"notes": 1.0}
+
+
+# ---------------------------------------------------------------- scratch
+
+
+def test_gc_removes_what_nobody_names_and_only_after_asking(kumiki, project):
+    files.write_bytes(project / "scratch/tokens/feedfeedfeedfeed/x.bin", b"123")
+    files.write_bytes(project / "scratch/contexts/state/x.bin", b"123")
+    rows = {r["key"]: r for r in json.loads(kumiki("scratch", "list", "--json")[1])}
+    manifest = Manifest.read(project / "data/tokens/bpe.manifest.json")
+    assert rows[manifest.key]["needed_by"] == ["bpe.manifest.json"]
+    assert rows["feedfeedfeedfeed"]["needed_by"] == []
+    code, _, err = kumiki("scratch", "gc")
+    assert code == 2 and "add --yes" in err
+    assert kumiki("scratch", "gc", "--yes")[0] == 0
+    assert not (project / "scratch/tokens/feedfeedfeedfeed").exists()
+    assert (project / "scratch/contexts/state/x.bin").is_file(), "state of a run is not an artefact"
+    assert kumiki("scratch", "verify")[0] == 0
+
+
+def test_a_branch_whose_manifest_is_nowhere_keeps_everything(kumiki, project):
+    run = lambda *w: subprocess.run(["git", *w], cwd=project, check=True, capture_output=True)  # noqa: E731
+    run("init", "-q")
+    lock = "outs:\n- path: data/tokens/other.manifest.json\n  hash: md5\n  md5: 0123456789abcdef\n"
+    (project / "dvc.lock").write_text(lock)
+    run("add", "dvc.lock")
+    run("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x")
+    files.write_bytes(project / "scratch/tokens/feedfeedfeedfeed/x.bin", b"123")
+    code, _, err = kumiki("scratch", "gc", "--yes")
+    assert code == 2 and "other.manifest.json of" in err
+    assert (project / "scratch/tokens/feedfeedfeedfeed").is_dir()
+
+
+def test_push_and_pull_bring_keys_back(kumiki, project, tmp_path):
+    store = str(tmp_path / "store")
+    assert kumiki("scratch", "push", store)[0] == 0
+    shutil.rmtree(project / "scratch")
+    assert kumiki("scratch", "pull", store)[0] == 0
+    assert kumiki("scratch", "verify")[0] == 0
+    assert kumiki("scratch", "push", "s3://bucket")[0] == 2
+    assert artifact.scratch_root().is_dir()
+
+
+# ---------------------------------------------------------------- push
+
+
+def exported(project: Path) -> Path:
+    done = run_module(project, "stages.export", "--run", "gpt")
+    assert done.returncode == 0, done.stderr.decode()
+    return project / "checkpoints/gpt/export"
+
+
+def test_push_shows_what_it_sends_and_refuses_what_is_private(kumiki, project, monkeypatch):
+    folder = exported(project)
+    code, out, _ = kumiki("push", "gpt", "--repo", "me/x", "--dry-run", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["visibility"] == "private" and found["pushed"] is None
+    assert {"model.safetensors", "README.md"} <= {f["path"] for f in found["files"]}
+    assert kumiki("push", "gpt")[0] == 2, "no repository"
+    code, _, err = kumiki("push", "gpt", "--repo", "me/x", stdin_closed := "--yes")
+    assert stdin_closed and code == 2 and "no token" in err
+    for text in ('{"a": "/home/me/data"}', '{"a": "hf_abcdefghijklmnop"}'):
+        (folder / "note.json").write_text(text)
+        code, _, err = kumiki("push", "gpt", "--repo", "me/x", "--dry-run")
+        assert code == 2 and "in the export" in err and "abcdefgh" not in err
+    (folder / "note.json").unlink()
+    assert kumiki("push", "nobody", "--repo", "me/x")[0] == 2
+
+
+# ---------------------------------------------------------------- chat
+
+
+def test_chat_once_equals_generate(kumiki):
+    words = ("--max-new-tokens", "12", "--seed", "3")
+    code, said, err = kumiki("chat", "gpt", "--once", "the list", *words)
+    assert code == 0 and "note: base model, it continues text" in err and "seed 3" in err
+    assert said == kumiki("generate", "gpt", "--prompt", "the list", *words)[1]
+
+
+def test_turns_are_the_whole_conversation_and_orders_work(project):
+    lines = '{"role": "user", "content": "a"}\n' * 2
+    done = run_module(
+        project, "lib.export.cli", "chat", "gpt", "--json", "--max-new-tokens", "4",
+        input=lines.encode(),
+    )  # fmt: skip
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [r["role"] for r in replies] == ["assistant"] * 2
+    text = b"hello\n/seed 5\n/temp nothing\n/save turns.json\n/reset\n/quit\n"
+    done = run_module(project, "lib.export.cli", "chat", "gpt", "--max-new-tokens", "3", input=text)
+    assert done.returncode == 0 and b"error: could not convert" in done.stderr
+    assert files.read_json(project / "turns.json")[0] == {"role": "user", "content": "hello"}
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(project, capsys):
+    from lib.export import saved
+    from lib.export.generate import Sampling
+
+    talk = chat.Conversation(saved.open_model("gpt", project), Sampling(), 4, [], False)
+    for n in range(30):
+        talk.add("user", f"word {n}")
+    ids = talk.prompt()
+    assert len(ids) < 64 and talk.turns[-1].ids == ids[-len(talk.turns[-1].ids) :]
+    assert "oldest turns are left out" in capsys.readouterr().err
+    talk.prompt()
+    assert not capsys.readouterr().err, "said once"
+
+
+def test_chat_refuses_what_it_cannot_do(kumiki):
+    assert kumiki("chat", "gpt", "--once", "a", "--temperature", "-1")[0] == 2
+    assert kumiki("chat", "nobody", "--once", "a")[0] == 2
+    code, _, err = kumiki(
+        "chat", "gpt", "--once", "x", "--template", "chat", "--max-new-tokens", "2"
+    )
+    assert code in (0, 2) and "Traceback" not in err
+
+
+# ---------------------------------------------------------------- bench
+
+
+def test_dry_run_and_plan_need_no_files(kumiki, project):
+    before = sorted(p for p in project.rglob("*") if "cache" not in p.parts)
+    code, out, _ = kumiki("bench", "gpt", "--dry-run", "6", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["problems"] == [] and found["losses"][-1] < found["losses"][0]
+    assert kumiki("bench", "gpt", "--plan")[0] == 0
+    assert kumiki("bench", "gpt", "--dry-run", "1")[0] == 2
+    assert kumiki("bench", "nothing")[0] == 2
+    assert sorted(p for p in project.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_a_frozen_gradient_is_told(kumiki, monkeypatch):
+    from lib.train import measure
+
+    names = measure.reached_by_gradient
+    monkeypatch.setattr(
+        measure, "reached_by_gradient", lambda model: {n for n in names(model) if "wte" not in n}
+    )
+    code, _, err = kumiki("bench", "gpt", "--dry-run", "4")
+    assert code == 4 and "wte" in err and sys.version_info

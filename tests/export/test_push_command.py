@@ -1,0 +1,124 @@
+"""`kumiki push` against a hub on the loopback: what arrives, how often, and that no token leaks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from tests.project import add_model, make_project, run_module
+
+TOKEN = "hf_" + "secretsecretsecret"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Just enough of the hub: create, preupload (everything regular), commit."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+    tokens: ClassVar[set[str | None]] = set()
+    refuse: ClassVar[list[int]] = []  # status codes of the next commits
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.asked.append(self.path)
+        self.tokens.add(self.headers.get("authorization"))
+        if "/preupload/" in self.path:
+            wanted = [f["path"] for f in json.loads(body)["files"]]
+            modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in wanted]
+            self.answer({"files": modes})
+        elif "/commit/" in self.path:
+            if self.refuse:
+                self.answer({"error": f"token {TOKEN} is wrong"}, self.refuse.pop(0))
+                return
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            url = f"http://{self.headers['host']}/me/x/commit/abc"
+            self.answer({"commitUrl": url, "commitOid": "abc", "hookOutput": ""})
+        else:
+            self.answer(
+                {"url": f"http://{self.headers['host']}/me/x", "private": b'"private":true' in body}
+            )
+
+    def answer(self, value: dict, status: int = 200) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    for held in (Hub.files, Hub.asked, Hub.tokens, Hub.refuse):
+        held.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = make_project(tmp_path_factory.mktemp("push"))
+    add_model(folder)
+    done = run_module(folder, "stages.export", "--run", "gpt")
+    assert done.returncode == 0, done.stderr.decode()
+    return folder
+
+
+def push(project: Path, hub: str, *words: str):
+    environment = {"HF_ENDPOINT": hub, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    return run_module(project, "lib.export.cli", "push", "gpt", "--repo", "me/x", *words,
+                      environment=environment)  # fmt: skip
+
+
+def test_every_file_arrives_with_a_card_of_the_project(project, hub):
+    (project / "metrics/gpt").mkdir(parents=True, exist_ok=True)
+    (project / "metrics/gpt/eval.json").write_text('{"bpb": 1.5, "core": null}')
+    done = push(project, hub, "--yes", "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    folder = project / "checkpoints/gpt/export"
+    wanted = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert Hub.files.keys() == wanted and not [n for n in Hub.files if "optim" in n]
+    for name in wanted - {"README.md"}:
+        assert Hub.files[name] == (folder / name).read_bytes(), name
+    card = Hub.files["README.md"].decode()
+    assert "| bpb | 1.5 |" in card and "fingerprint" in card and "| core |" not in card
+    assert json.loads(done.stdout)["pushed"] and Hub.tokens == {f"Bearer {TOKEN}"}
+    assert TOKEN not in (done.stdout + done.stderr).decode()
+
+
+def test_a_refusal_is_the_users_and_a_failure_is_resumed(project, hub):
+    Hub.refuse.append(403)
+    done = push(project, hub, "--yes")
+    assert done.returncode == 2 and b"hub refuses" in done.stderr
+    Hub.refuse.append(400)
+    failed = push(project, hub, "--yes")
+    assert failed.returncode == 4 and b"run the same command again" in failed.stderr
+    assert TOKEN.encode() not in done.stderr + failed.stderr
+    assert push(project, hub, "--yes").returncode == 0 and "model.safetensors" in Hub.files
+
+
+def test_an_unreachable_hub_is_the_environments(project):
+    done = push(project, "http://127.0.0.1:9", "--yes")
+    assert done.returncode == 4 and b"out of reach" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_nobody_is_asked_without_a_terminal(project, hub):
+    done = push(project, hub)
+    assert done.returncode == 2 and b"add --yes" in done.stderr and not Hub.asked

@@ -1,0 +1,37 @@
+"""Every kind of file that some stage reads, damaged: refused, or mended (E3, D4, D5, B6).
+
+`make faults` plants about 100 damages a kind, more than 1,000 in all; the sample 10 damages by lot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.faults.damage import KINDS
+from tests.faults.tally import tally
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
+FULL = os.environ.get("KUMIKI_FAULTS_EVERY") == "1"
+ROWS = {
+    "shard": "D4", "shard manifest": "B6", "document part": "D5", "checkpoint": "E3",
+    "training state": "E3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_b06_damage_is_refused_or_mended_and_never_read(tmp_path, kind):
+    how = "--flips=60" if FULL else "--most=10"
+    command = [sys.executable, "-m", "tests.faults.damage", str(tmp_path), kind, how]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    seen = json.loads(run.stdout.splitlines()[-1])
+    assert sum(seen.values()) >= 8
+    told = ", ".join(f"{count} {name}" for name, count in sorted(seen.items()))
+    tally(ROWS.get(kind, "B6"), f"damaged {kind}", sum(seen.values()), told)

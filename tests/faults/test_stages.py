@@ -1,0 +1,66 @@
+"""Every stage and family struck at every change of the file system: A1 to A8, B1, B3.
+
+After a kill the same command ends with the bytes of an undisturbed run; a full or failing disk ends
+with code 4, and the same command then does too. KUMIKI_FAULTS_EVERY=1 takes every point, as `make
+faults` does; else every `SAMPLE`-th is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.faults.tally import tally
+from tests.faults.toy import STEPS
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
+FULL = os.environ.get("KUMIKI_FAULTS_EVERY") == "1"
+SAMPLE = {"kill": 7, "ENOSPC": 60, "EIO": 60}
+ROWS = {
+    "download": "A1", "extract": "A2", "bpe": "A3", "spm": "A3", "encode": "A4",
+    "evaluate": "A6", "export": "A7", "train": "A8",
+}  # fmt: skip
+
+
+def every(kind: str) -> int:
+    return int(os.environ.get("KUMIKI_FAULTS_EVERY", SAMPLE[kind]))
+
+
+def strike(folder: Path, step: str, *options: str) -> int:
+    """Points struck, in a process of its own."""
+    command = [sys.executable, "-m", "tests.faults.toy", str(folder), step, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return int(run.stdout.splitlines()[-1])
+
+
+def row_of(step: str) -> str:
+    return ROWS.get(step) or ROWS.get(step.split("_")[0], "A5")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a01_to_a08_kill_anywhere_then_the_same_command_gives_the_same_bytes(tmp_path, step):
+    points = strike(tmp_path, step, "--every", str(every("kill")))
+    assert points * every("kill") > 20, f"only {points} points"
+    tally(row_of(step), f"SIGKILL in {step}", points, "equal bytes after the same command")
+
+
+@pytest.mark.parametrize("step", STEPS if FULL else ["extract", "train_gpt", "export_gpt"])
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
+def test_b01_b03_a_failing_disk_is_exit_4_and_the_same_command_ends_well(tmp_path, step, error):
+    points = strike(tmp_path, step, "--every", str(every(error)), "--errno", error)
+    assert points > 0
+    row = "B1" if error == "ENOSPC" else "B3"
+    tally(row, f"{error} in {step}", points, "exit 4, or done without; then equal bytes")
+
+
+@pytest.mark.parametrize("step", ["extract", "encode"])
+def test_workers_change_no_byte(tmp_path, step):
+    """data.md 1.2: same inputs + same parameters = same bytes."""
+    assert strike(tmp_path, step, "--every", "0") > 5
