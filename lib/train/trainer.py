@@ -48,13 +48,10 @@ def train(job: Job) -> Outcome:
         model=model,
         optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
-        scaler=LossScaler(job.dtype),
-        device=device,
-        position=Position(),
+        scaler=LossScaler(job.dtype), device=device, position=Position(), extra=job.extra,
         checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
         stack={**stack_of(device, job.dtype), **model.engine_facts()},
-        extra=job.extra,
-    )
+    )  # fmt: skip
     observer = Observer(
         job.work, runtime, run=job.run, steps=plan.steps, tokens_per_step=plan.batch_tokens,
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,

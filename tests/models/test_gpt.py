@@ -340,6 +340,8 @@ def test_gradient_reaches_every_parameter(case):
     model = make(config_of(case))
     sum(model.losses(batch(2, model.config.context))).backward()  # type: ignore[union-attr]
     for name, p in model.named_parameters():
+        if case == "one_layer" and name == "backout":
+            continue  # it scales the whole stream, which the last norm undoes: rounding alone
         assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
