@@ -80,7 +80,7 @@ class Injector:
         return result
 
 
-def in_child(action: Callable[[], int | None], injector: Injector | None = None) -> int:
+def in_child(action: Callable[[], object], injector: Injector | None = None) -> int:
     """Run `action` in a fork; returns its wait status: 0 = done, else its code or signal."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -90,7 +90,8 @@ def in_child(action: Callable[[], int | None], injector: Injector | None = None)
         try:
             if injector is not None:
                 injector.install()
-            code = action() or 0
+            found = action()
+            code = found if isinstance(found, int) else 0
         except BaseException:
             traceback.print_exc()
         finally:
