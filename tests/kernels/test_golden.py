@@ -99,12 +99,12 @@ def test_tensor_train_rows(choice, shared):
 
 @pytest.mark.parametrize("choice", [pytest.param("triton", marks=layer)])
 def test_a_small_gpt_with_kernels_on(choice):
-    """Loss, logits and every gradient in fp32 against the references'; seen 8e-6, bound 2e-5.
+    """Loss, logits and every gradient in fp32 against the references'; seen 1e-6, bound 1e-5.
 
-    Of `backout` it is rounding alone, for the last norm undoes a scale of the whole stream: 0 or
-    8e-9 in the reference, up to 2.4e-8 by kernels. It is bounded by itself.
+    Three layers: below that `backout` scales the whole stream, the last norm undoes it, and its
+    gradient is rounding alone, which no relative bound can compare.
     """
-    config = gpt.Config(depth=2, width=16, heads=2, context=12, variant="modern")
+    config = gpt.Config(depth=3, width=16, heads=2, context=12, variant="modern")
     found = {}
     for name in ("reference", choice):
         model = build(gpt, config, 61, seed=1).to(DEVICE)
@@ -120,9 +120,5 @@ def test_a_small_gpt_with_kernels_on(choice):
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found[name] = {"loss": loss.detach(), "logits": logits.detach(), **grads}
     for name, want in found["reference"].items():
-        off = (found[choice][name] - want).norm()
-        if name == "backout":
-            assert off < 1e-7, f"{name}: {off:.1e}"
-            continue
-        error = off / want.norm().clamp(min=1e-3)
-        assert error < 2e-5, f"{name}: {error:.1e}"
+        error = (found[choice][name] - want).norm() / want.norm().clamp(min=1e-6)
+        assert error < 1e-5, f"{name}: {error:.1e}"
