@@ -13,7 +13,7 @@ Letters: B batch, T context, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +25,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lib.core.errors import UserError
 from lib.core.rng import torch_generator
 from lib.models import families, load_family
 
 __all__ = [
-    "STEP", "Batch", "Defaults", "Family", "Group", "Native", "Optim", "build",
-    "families", "load_family",
+    "STEP", "Batch", "Defaults", "Family", "Group", "Native", "Optim", "ReadWeights", "build",
+    "families", "load_family", "require_same",
 ]  # fmt: skip
+
+# Shapes by name (None: whatever is there) -> tensors; UserError unless names and shapes agree.
+ReadWeights = Callable[[Mapping[str, tuple] | None], dict[str, Tensor]]
 
 
 class _Step:
@@ -150,11 +154,6 @@ class Family(nn.Module):
         """Whether a batch must say which packed rows it holds."""
         return self.inputs != "tokens" and self.stream_rows is None
 
-    def take_weights(self, read: Callable[[Mapping[str, tuple] | None], dict[str, Tensor]]) -> None:
-        """Begin with another run's weights; read(shapes) gives them, UserError unless they fit."""
-        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        self.load_state_dict(read(own))
-
     def read_from(self, source: Any) -> None:
         """Take what an embeddings artefact gives (lib.data.embeddings), before the first step."""
         raise TypeError(f"{type(self).__name__} reads tokens only")
@@ -206,8 +205,14 @@ class Family(nn.Module):
         names = [name for name, _ in self.named_buffers()]
         assert not names, f"{type(self).__name__} must fill its buffers {names} in init_buffers"
 
-    def refuse_weights(self, config: Any) -> None:
-        """UserError where weights trained under `config` mean another model, shapes apart."""
+    def take_weights(self, config: Any, read: ReadWeights) -> None:
+        """Begin with another run's weights, trained under `config`; read(shapes) gives them.
+
+        UserError unless names and shapes fit. The one hook of `init_from`: a family refuses here
+        what means another model with equal shapes, and holds what would start anew.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        self.load_state_dict(read(own))
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move to `device`; `dtype` is that of the trainer's autocast, weights keep their own."""
@@ -224,9 +229,6 @@ class Family(nn.Module):
         else:
             with self.engine.sweep() as unit:
                 yield unit
-
-    def weights_taken(self) -> None:
-        """Called where a run begins with another one's weights: hold what would start anew."""
 
     def exported(self, config: Any) -> tuple[Any, Family]:
         """(Config, model) as an export writes them, without what only training needs."""
@@ -359,6 +361,17 @@ class Family(nn.Module):
 
     def finish(self) -> None:
         """The result is written: remove state on disk that nobody needs any more."""
+
+
+def require_same(
+    own: Mapping[str, Any], theirs: Mapping[str, Any], free: Collection[str] = ()
+) -> None:
+    """UserError with both values of every setting in which weights belong to another model."""
+    told = [f"{n} {theirs[n]}, here {own[n]}" for n in own if n not in free and own[n] != theirs[n]]
+    if told:
+        raise UserError(
+            "weights of another model", value="; ".join(told), remedy="make the keys equal"
+        )
 
 
 def build(

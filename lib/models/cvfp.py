@@ -25,7 +25,7 @@ from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
-from lib.models.base import Batch, Defaults, Family, Group, Optim
+from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights
 from lib.nn import probes
 from lib.nn.context import EPS, Layer, Weights, initial, shifts, trajectory
 from lib.nn.fixed_point import Exact, Jacobi
@@ -409,11 +409,11 @@ class Model(Family):
             return F.layer_norm(values, values.shape[-1:], eps=EPS)
         return values / shape[1] ** 0.5
 
-    def take_weights(self, read: Any) -> None:
+    def take_weights(self, config: Any, read: ReadWeights) -> None:
         """Those of the first phase, or of a whole model of ours."""
         found = read(None)
         if any(name.startswith(("head", "token_output")) for name in found):
-            super().take_weights(read)
+            super().take_weights(config, read)
         else:
             self.take_phase1(found)
 

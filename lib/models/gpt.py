@@ -24,7 +24,16 @@ from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.kernels.relu2_mlp import relu2_mlp
-from lib.models.base import Batch, Defaults, Family, Group, Native, Optim
+from lib.models.base import (
+    Batch,
+    Defaults,
+    Family,
+    Group,
+    Native,
+    Optim,
+    ReadWeights,
+    require_same,
+)
 from lib.nn.attention import causal_attention, choose_engine
 from lib.nn.linear import Linear, Table, require_fp8
 from lib.nn.norm import EPS, rms_norm
@@ -184,13 +193,13 @@ class Config:
         pad = self.switches.vocab_pad
         return -(-vocab_size // pad) * pad
 
-    def differences(self, other: Config) -> list[tuple[str, object, object]]:
-        """(name, ours, theirs) of every size and switch that makes the two another model."""
-        own, its = ({**asdict(c), **asdict(c.switches)} for c in (self, other))
-        own["width"], own["heads"], own["kv_heads"] = self.shape
-        its["width"], its["heads"], its["kv_heads"] = other.shape
-        given = {"variant", "aspect_ratio", "head_dim"}  # only ways to say the sizes above
-        return [(n, own[n], its[n]) for n in own if n not in given and own[n] != its[n]]
+    def resolved(self) -> dict[str, Any]:
+        """Every size and switch with its value; not what only says them, or how it is trained."""
+        sizes = dict(zip(("width", "heads", "kv_heads"), self.shape, strict=True))
+        said = {"variant", "aspect_ratio", "head_dim"}
+        training = {"context", "init", "optim", "fp8", "loss_chunk", "embedding_dtype"}
+        found = {**asdict(self), **asdict(self.switches), **sizes}
+        return {name: value for name, value in found.items() if name not in said | training}
 
 
 # ---------------------------------------------------------------- scaling, pure
@@ -461,6 +470,11 @@ class Model(Family):
         )  # fmt: skip
 
     # ------------------------------------------------------------ weights and place
+
+    def take_weights(self, config: Config, read: ReadWeights) -> None:
+        """Those of a model with equal sizes and switches; a longer context may follow."""
+        require_same(self.config.resolved(), config.resolved())
+        super().take_weights(config, read)
 
     def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
         """Section 4 of the family's page: the table of first values, by parameter name."""

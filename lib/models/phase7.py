@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.lorentz_attention import lorentz_attention
 from lib.kernels.scan import scan
-from lib.models.base import Batch, Defaults, Family, Group, Optim
+from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights, require_same
 from lib.nn.attention import causal_attention
 from lib.nn.conv import CausalConv
 from lib.nn.linear import Linear
@@ -377,11 +376,6 @@ class Model(Family):
             c = curvature_at(k.kind, step, k.warmup, k.c_min, k.c_max)
             self.c_sched.copy_(torch.where(self.c_held, self.c_sched, c))
 
-    def weights_taken(self) -> None:
-        """Fine-tuning keeps the curvature that the weights were trained at."""
-        if self.config.geometry == "lorentz":
-            self.c_held.fill_(True)
-
     def _channel_gates(self) -> Tensor | None:
         """z (L, r), exactly 0 or 1: score above 0, or among the layer's `least_rank` largest.
 
@@ -430,13 +424,12 @@ class Model(Family):
 
     # ------------------------------------------------------------ weights
 
-    def refuse_weights(self, config: Config) -> None:
-        """UserError with every setting in which the weights' model is another one."""
-        own, theirs = asdict(self.config), asdict(config)
-        if told := [f"{n} {theirs[n]}, here {own[n]}" for n in own if own[n] != theirs[n]]:
-            raise UserError(
-                "weights of another model", value="; ".join(told), remedy="make the keys equal"
-            )
+    def take_weights(self, config: Config, read: ReadWeights) -> None:
+        """Those of a model with the same settings; fine-tuning keeps the curvature they had."""
+        require_same(asdict(self.config), asdict(config))
+        super().take_weights(config, read)
+        if self.config.geometry == "lorentz":
+            self.c_held.fill_(True)
 
     def init_buffers(self) -> None:
         """The schedule's first curvature; the order of ids."""

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.gla import gla
-from lib.models.base import Batch, Defaults, Family, Group, Optim
+from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights, require_same
 from lib.nn.conv import CausalConv
 from lib.nn.linear import Linear
 from lib.nn.norm import RmsNorm
@@ -205,13 +204,10 @@ class Model(Family):
 
     # ------------------------------------------------------------ weights
 
-    def refuse_weights(self, config: Config) -> None:
-        """UserError with every setting in which the weights' model is another one."""
-        own, theirs = asdict(self.config), asdict(config)
-        if told := [f"{n} {theirs[n]}, here {own[n]}" for n in own if own[n] != theirs[n]]:
-            raise UserError(
-                "weights of another model", value="; ".join(told), remedy="make the keys equal"
-            )
+    def take_weights(self, config: Config, read: ReadWeights) -> None:
+        """Those of a model with the same settings."""
+        require_same(asdict(self.config), asdict(config))
+        super().take_weights(config, read)
 
     def init_buffers(self) -> None:
         """The order of ids."""

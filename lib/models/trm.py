@@ -25,7 +25,16 @@ from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
-from lib.models.base import STEP, Batch, Defaults, Family, Group, Optim
+from lib.models.base import (
+    STEP,
+    Batch,
+    Defaults,
+    Family,
+    Group,
+    Optim,
+    ReadWeights,
+    require_same,
+)
 from lib.nn.blocks import Past, PostNorm, PreNorm
 from lib.nn.linear import Table
 from lib.nn.norm import rms_norm
@@ -557,17 +566,12 @@ class Model(Family):
         adds = name.endswith((".o.weight", ".down.weight"))
         return value / math.sqrt(2 * self.config.applications) if adds else value
 
-    def refuse_weights(self, config: Any) -> None:
-        """UserError with both values where weights of `config` were trained as another network."""
+    def take_weights(self, config: Config, read: ReadWeights) -> None:
+        """Those of the same network, whatever it was trained by."""
         free = {"context", "supervision_steps", "grad", "dropout", "supervision_weights", "decay"}
         free |= {"supervision_update", "halt_tau", "act_threshold", "act_weight", "loss_chunk"}
-        own, theirs = asdict(self.config), asdict(config)
-        told = [f"{n} {theirs[n]}, here {own[n]}" for n in own if own[n] != theirs[n]]
-        told = [text for text in told if text.split()[0] not in free]
-        if told:
-            raise UserError(
-                "weights of another network", value="; ".join(told), remedy="make the keys equal"
-            )
+        require_same(asdict(self.config), asdict(config), free)
+        super().take_weights(config, read)
 
     # ------------------------------------------------------------ optimisation and accounts
 

@@ -134,9 +134,7 @@ def take_weights(source: Path, model: Family, tokenizer: str) -> None:
     UserError unless tokenizer and shapes agree, and what else the family compares.
     """
     final = Final.open(source, tokenizer)
-    model.refuse_weights(final.config)
-    model.take_weights(final.weights)
-    model.weights_taken()
+    model.take_weights(final.config, final.weights)
 
 
 def sized(settings: Train, store: TokenStore) -> Train:

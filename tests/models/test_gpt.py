@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -541,13 +540,17 @@ def test_contradictions_are_refused_with_a_remedy(bad, says):
 
 
 def test_another_variant_is_named_switch_by_switch():
-    ours, theirs = Config(depth=4), Config(depth=4, variant="modern")
-    rows = dict((n, (a, b)) for n, a, b in ours.differences(theirs))
-    assert rows["windows"] == ("L", "SSSL")
-    assert rows["qk_scale"] == (1.0, 1.2)
-    assert "depth" not in rows
-    written_out = replace(ours, **{k: v for k, v in asdict(theirs.switches).items()})
-    assert written_out.differences(theirs) == []
+    """qk_scale and rope_theta have no tensor: equal shapes are no proof."""
+    model = make(config_of("base"))
+    with pytest.raises(UserError, match=r"qk_scale 1\.2, here 1\.0") as caught:
+        model.take_weights(config_of("modern"), lambda shapes: {})
+    assert "windows SSSL, here L" in str(caught.value) and "depth" not in str(caught.value)
+    its, source = (
+        config_of("base", rope_theta=10_000.0, context=40),
+        make(config_of("base"), seed=2),
+    )
+    model.take_weights(its, lambda shapes: source.state_dict())  # said in other words; more context
+    assert torch.equal(model(ids(1, 9))[0], source(ids(1, 9))[0])
 
 
 def test_what_a_device_cannot_do_is_refused():

@@ -244,7 +244,7 @@ def test_schedule_and_learned_curvature_never_write_each_other():
     assert float(model.c_sched) == 1.0 and torch.equal(model.eta, eta)
     c = model._curvatures()
     assert (c >= 0.5).all() and (c <= 2.0).all()
-    model.weights_taken()  # fine-tuning: the curvature stays
+    model.take_weights(SMALL, lambda shapes: model.state_dict())  # fine-tuning keeps the curvature
     list(model.losses(batch(step=0)))
     assert float(model.c_sched) == 1.0
 
@@ -373,7 +373,7 @@ def test_weights_of_another_model_are_refused_with_what_differs(name):
 
     config: Any = SMALL if name == "phase7" else phase8()
     model = make(config, name=name)
-    model.refuse_weights(config)
+    model.take_weights(config, lambda shapes: model.state_dict())
     with pytest.raises(UserError, match="tt_lr 4") as caught:
-        model.refuse_weights(replace(config, tt_lr=4.0))
+        model.take_weights(replace(config, tt_lr=4.0), lambda shapes: {})
     assert caught.value.code == 2

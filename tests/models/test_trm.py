@@ -623,5 +623,6 @@ def test_weights_of_another_network_are_refused_with_both_values():
     """last and every have equal shapes: only the keys tell them apart."""
     model = make(SMALL)
     with pytest.raises(UserError, match="schedule every, here last"):
-        model.refuse_weights(replace(SMALL, schedule="every"))
-    model.refuse_weights(replace(SMALL, supervision_steps=5, dropout=0.3))
+        model.take_weights(replace(SMALL, schedule="every"), lambda shapes: {})
+    own = model.state_dict()
+    model.take_weights(replace(SMALL, supervision_steps=5, dropout=0.3), lambda shapes: own)

@@ -242,7 +242,7 @@ def test_a_run_may_begin_with_anothers_weights(trained, tmp_path, monkeypatch, c
     assert float(first.split(",")[3]) < 5.0, "the weights of the source are not there"
     (folder / "params.yaml").write_text(text + more + "    model:\n      depth: 2\n")
     assert pretrain_here("--run", "tuned") == 2
-    assert "the model has" in capsys.readouterr().err
+    assert "depth 1, here 2" in capsys.readouterr().err
 
 
 def test_rows_longer_than_the_models_context_are_refused(project, capsys):
