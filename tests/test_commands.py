@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
+from lib.cli.main import COMMANDS
 from lib.core import dag, params
-from lib.export.cli import COMMANDS
 from tests.conftest import ROOT
 
 ROWS = [

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.cli.main import build_parser
 from lib.core import dag, params
-from lib.export.cli import build_parser
 from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
 
@@ -92,7 +92,7 @@ def test_the_commands_run(project, command):
     """On a model of a second instead of minutes; the rest is the same."""
     words = shlex.split(command.split(" > ")[0])[1:]
     words = [w for w in words if w not in ("--profile", "trm_ja")]
-    done = run_module(project, "lib.export.cli", *words)
+    done = run_module(project, "lib.cli.main", *words)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout
 

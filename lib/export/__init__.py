@@ -1,1 +1,1 @@
-"""Models as users meet them: generation, Hugging Face folders, the `kumiki` command."""
+"""Finished models as users meet them: text, exported folders, the report page."""

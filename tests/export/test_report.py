@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lib.cli import main as cli
 from lib.core import dag, params
 from lib.core.artifact import Manifest
-from lib.export import cli
 from lib.export.report.charts import Axis, Series, line_chart
 from lib.export.report.gather import gather
 from lib.export.report.page import render

@@ -8,7 +8,7 @@ from typing import Any
 
 from lib.core.artifact import plain
 from lib.core.run_settings import Train
-from lib.export import tables
+from lib.export import amounts
 from lib.export.report.gather import Found, FoundRun
 from lib.export.report.html import MISSING, Cell, anchor, linked, table
 
@@ -158,7 +158,7 @@ def provenance(found: Found) -> str:
             escape(one.kind),
             f"<code>{escape(one.key)}</code>",
             f'<code title="{escape(one.sha256)}">{escape(one.sha256[:16])}</code>',
-            tables.size(one.total_bytes),
+            amounts.size(one.total_bytes),
             escape(one.facts),
             ", ".join(linked(name) for name in one.parents) or "sources",
         ]

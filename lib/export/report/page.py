@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
-from lib.export import tables
+from lib.export import amounts
 from lib.export.report import evidence
 from lib.export.report.charts import Series, line_chart
 from lib.export.report.gather import Found, FoundRun
@@ -76,7 +76,7 @@ def _board(runs: Sequence[FoundRun]) -> str:
             _with_error(m.get("cloze"), (run.record.get("cloze") or {}).get("standard_error")),
             *_core(m, run),
             f"{m['params']:,}" if m.get("params") is not None else MISSING,
-            tables.count(m.get("train_tokens")),
+            amounts.count(m.get("train_tokens")),
             f"{m['train_flops']:.3g}" if m.get("train_flops") is not None else MISSING,
         ]
         kind = "best" if m.get("bpb") is not None and m["bpb"] == lowest else ""
@@ -226,8 +226,8 @@ def throughput(found: Found) -> str:
                 escape(run.name),
                 f"{rate:,.0f}" if rate else MISSING,
                 f"{s['step_s']:.3f} s" if s.get("step_s") else MISSING,
-                tables.duration(s.get("seconds")),
-                tables.size(s.get("peak_memory_bytes")),
+                amounts.duration(s.get("seconds")),
+                amounts.size(s.get("peak_memory_bytes")),
                 escape(str(evaluation.get("device") or s.get("machine", ""))),
             ]
         )

@@ -33,7 +33,7 @@ _KINDS = {"model": "runs", "run": "runs", "profile": "profiles", "stages": "stag
 
 def run(arguments: argparse.Namespace, root: Path | None) -> None:
     """Print the script."""
-    from lib.export.cli import build_parser
+    from lib.cli.main import build_parser
 
     try:
         import shtab  # comes with dvc

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from lib.cli import checkup, machines, tables
+from lib.cli.checkup import Row
+from lib.cli.commands.config import load_profile
 from lib.core import files
 from lib.core.errors import EnvError, UserError
 from lib.core.heads import family_names
-from lib.export import checkup, machines, tables
-from lib.export.checkup import Row
-from lib.export.commands.config import load_profile
 
 SIGNS = {"ok": "ok", "warn": "warn", "fail": "FAIL", "skip": "skip"}
 

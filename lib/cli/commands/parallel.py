@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
+from lib.cli import pipeline, worktrees
+from lib.cli.console import note
 from lib.core import artifact, params
 from lib.core.errors import EnvError, Interrupted, UserError
-from lib.export import pipeline, worktrees
-from lib.export.console import note
 
 PLACE = Path(".kumiki/wt")
 FAILED = 255  # what dvc makes of every failure of a stage

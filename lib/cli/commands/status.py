@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lib.cli import pipeline, tables
 from lib.core import artifact, files, params
 from lib.core.errors import InputError
-from lib.export import pipeline, tables
+from lib.export import amounts
 
 
 def run(arguments: argparse.Namespace, root: Path | None) -> None:
@@ -110,11 +111,11 @@ def shown(found: dict[str, Any]) -> list[str]:
     ram, scratch = found["memory"], found["scratch"]
     total = ram["ram_bytes"]
     used = total - (ram["ram_available_bytes"] or 0) if total is not None else None
-    lines += ["", f"RAM {tables.size(used)} of {tables.size(total)} used"]
+    lines += ["", f"RAM {amounts.size(used)} of {amounts.size(total)} used"]
     if ram["vram_bytes"] is not None:
-        used_vram = tables.size(ram["vram_used_bytes"])
-        lines.append(f"VRAM {used_vram} of {tables.size(ram['vram_bytes'])} used")
-    size, free = tables.size(scratch["bytes"]), tables.size(scratch["free_bytes"])
+        used_vram = amounts.size(ram["vram_used_bytes"])
+        lines.append(f"VRAM {used_vram} of {amounts.size(ram['vram_bytes'])} used")
+    size, free = amounts.size(scratch["bytes"]), amounts.size(scratch["free_bytes"])
     place = os.environ.get("KUMIKI_SCRATCH", "./scratch")
     lines.append(f"scratch {size} in {place}, {free} free")
     lines += [f"missing in scratch: {problem}" for problem in scratch["problems"]]
@@ -132,7 +133,7 @@ def _running(state: dict[str, Any]) -> str:
     if state["tokens_per_s"]:
         parts.append(f"{state['tokens_per_s']:,.0f} tokens/s")
     if state["eta_s"] is not None:
-        parts.append(f"{tables.duration(state['eta_s'])} left")
+        parts.append(f"{amounts.duration(state['eta_s'])} left")
     if state["loss"] is not None:
         parts.append(f"loss {state['loss']:.4f}")
     return ", ".join(parts)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from lib.cli import estimate, machines
+from lib.cli import main as cli
+from lib.cli.commands import chat
+from lib.cli.commands.config import load_profile
 from lib.core import artifact, files, params
 from lib.core.artifact import Manifest
 from lib.core.lock import exclusive_lock
-from lib.export import cli, estimate, machines
-from lib.export.commands import chat
-from lib.export.commands.config import load_profile
 from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
 
@@ -82,7 +83,7 @@ def test_json_is_one_document_and_text_has_no_controls(kumiki, words):
 
 
 def test_commands_work_under_the_c_locale_in_a_read_only_checkout(made):
-    done = run_module(made, "lib.export.cli", "status", environment={"LC_ALL": "C"})
+    done = run_module(made, "lib.cli.main", "status", environment={"LC_ALL": "C"})
     assert done.returncode == 0, done.stderr
     assert b"scratch" in done.stdout
 
@@ -130,7 +131,7 @@ def test_status_tells_missing_done_stale_and_running(kumiki, project):
 
     assert state()["state"] == "missing"
     (project / "made.txt").write_text("x")
-    from lib.export import pipeline
+    from lib.cli import pipeline
 
     locked = {
         "cmd": "exec python -m stages.extract_texts --out made.txt",
@@ -240,11 +241,11 @@ ANSWERS = "mine\nown\nown\n0.25\n1000\n"
 
 def test_a_dialogue_and_its_replay_give_the_same_bytes(project):
     (project / "answers.txt").write_text(ANSWERS)
-    replay = run_module(project, "lib.export.cli", "recipe", "--from", "answers.txt")
+    replay = run_module(project, "lib.cli.main", "recipe", "--from", "answers.txt")
     assert replay.returncode == 0, replay.stderr
     ours, theirs = pty.openpty()
     os.write(ours, ANSWERS.encode())
-    asked = run_module(project, "lib.export.cli", "recipe", "--ask", stdin=theirs)
+    asked = run_module(project, "lib.cli.main", "recipe", "--ask", stdin=theirs)
     os.close(theirs)
     os.close(ours)
     assert asked.returncode == 0, asked.stderr
@@ -252,7 +253,7 @@ def test_a_dialogue_and_its_replay_give_the_same_bytes(project):
 
 
 def test_ask_needs_a_terminal(project):
-    done = run_module(project, "lib.export.cli", "recipe", "--ask", stdin=subprocess.DEVNULL)
+    done = run_module(project, "lib.cli.main", "recipe", "--ask", stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and b"nobody to ask" in done.stderr
 
 
@@ -369,13 +370,13 @@ def test_chat_once_equals_generate(kumiki):
 def test_turns_are_the_whole_conversation_and_orders_work(project):
     lines = '{"role": "user", "content": "a"}\n' * 2
     done = run_module(
-        project, "lib.export.cli", "chat", "gpt", "--json", "--max-new-tokens", "4",
+        project, "lib.cli.main", "chat", "gpt", "--json", "--max-new-tokens", "4",
         input=lines.encode(),
     )  # fmt: skip
     replies = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [r["role"] for r in replies] == ["assistant"] * 2
     text = b"hello\n/seed 5\n/temp nothing\n/save turns.json\n/reset\n/quit\n"
-    done = run_module(project, "lib.export.cli", "chat", "gpt", "--max-new-tokens", "3", input=text)
+    done = run_module(project, "lib.cli.main", "chat", "gpt", "--max-new-tokens", "3", input=text)
     assert done.returncode == 0 and b"error: could not convert" in done.stderr
     assert files.read_json(project / "turns.json")[0] == {"role": "user", "content": "hello"}
 

@@ -16,14 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lib.cli import tables
+from lib.cli.bench_trials import dry_run, largest, plan, trial_of, write_csv
+from lib.cli.commands.config import load_profile
+from lib.cli.console import note
 from lib.core import files
 from lib.core.errors import EnvError, UserError
 from lib.core.heads import family_names
 from lib.core.settings import Settings
-from lib.export import tables
-from lib.export.bench_trials import dry_run, largest, plan, trial_of, write_csv
-from lib.export.commands.config import load_profile
-from lib.export.console import note
+from lib.export import amounts
 
 SUITES = Path("benchmarks")
 LENGTHS = (256, 512, 1024)  # contexts of two families side by side, at constant tokens
@@ -89,7 +90,7 @@ def steps(settings: Settings, names: Sequence[str], as_json: bool) -> None:
         (r["run"], r["context"], f"{r['parameters']:,}", f"{r['forward_s']:.4f} s",
          f"{r['backward_s']:.4f} s", f"{r['step_s']:.4f} s",
          f"{r['step_p20_s']:.4f} to {r['step_p80_s']:.4f}", f"{r['tokens_per_s']:,.0f}",
-         tables.size(r["peak_bytes"]), r["device"].upper())
+         amounts.size(r["peak_bytes"]), r["device"].upper())
         for r in rows
     ]  # fmt: skip
     header = ("run", "context", "parameters", "forward", "forward + backward", "step",
@@ -125,7 +126,7 @@ def quality(names: Sequence[str]) -> list[str]:
     tokens = {m.get("train_tokens") for m in found.values()}
     if len(tokens) != 1 or tokens == {None}:
         return ["not comparable: trained on different numbers of tokens, or not measured"]
-    return [f"{name}: bpb {tables.number(m.get('bpb'))}, cloze {tables.number(m.get('cloze'), 3)}"
+    return [f"{name}: bpb {amounts.number(m.get('bpb'))}, cloze {amounts.number(m.get('cloze'), 3)}"
             for name, m in found.items()]  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def machine() -> str:
     """Machine, versions, commit, in one line."""
     import torch
 
-    from lib.export.commands.push import git_commit
+    from lib.cli.commands.push import git_commit
 
     commit = (git_commit(Path()) or "none")[:10]
     threads = torch.get_num_threads()

@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lib.cli import machines, tables
+from lib.cli.commands.config import load_profile
+from lib.cli.estimate import Cost, costs, fitting
+from lib.cli.machines import Machine
 from lib.core.errors import EnvError, UserError
-from lib.export import machines, tables
-from lib.export.commands.config import load_profile
-from lib.export.estimate import Cost, costs, fitting
-from lib.export.machines import Machine
+from lib.export import amounts
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 HEADER = ("stage", "download", "scratch", "RAM", "VRAM", "time", "binds")
@@ -49,15 +50,15 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     else:
         tables.put(shown(settings.profile, machine, found))
         for stage, fit in fits.items():
-            steps, tokens = f"{fit['steps']:,} steps", tables.count(fit["tokens"])
-            best = tables.count(fit["model_parameters"])
+            steps, tokens = f"{fit['steps']:,} steps", amounts.count(fit["tokens"])
+            best = amounts.count(fit["model_parameters"])
             tables.put([f"{stage} in {arguments.fit}: {steps}, {tokens} tokens; "
                         f"the best size for that time is about {best} parameters"])  # fmt: skip
     if lacking:
         kind, stage, needed, present = max(lacking, key=lambda p: p[2] / p[3])
         raise EnvError(
             f"{kind} too small for {stage}",
-            value=f"{tables.size(needed)} needed, {tables.size(present)} present",
+            value=f"{amounts.size(needed)} needed, {amounts.size(present)} present",
             remedy=KNOBS["disk" if kind == "disk" else "memory"],
         )
 
@@ -102,17 +103,17 @@ def shown(profile: str, machine: Machine, found: list[Cost]) -> list[str]:
     """The table for people, then each model's numbers."""
     rows: list[tuple[Any, ...]] = [
         (
-            c.stage, tables.size(c.download_bytes), tables.size(c.scratch_bytes),
-            tables.size(c.ram_bytes), tables.size(c.vram_bytes), tables.duration(c.seconds),
+            c.stage, amounts.size(c.download_bytes), amounts.size(c.scratch_bytes),
+            amounts.size(c.ram_bytes), amounts.size(c.vram_bytes), amounts.duration(c.seconds),
             c.binds,
         )
         for c in found
     ]  # fmt: skip
     sums = totals(found)
     rows.append(
-        ("all known", tables.size(sums["download_bytes"]), tables.size(sums["scratch_bytes"]),
-         tables.size(sums["ram_bytes"]), tables.size(sums["vram_bytes"] or None),
-         tables.duration(sums["seconds"]), "")
+        ("all known", amounts.size(sums["download_bytes"]), amounts.size(sums["scratch_bytes"]),
+         amounts.size(sums["ram_bytes"]), amounts.size(sums["vram_bytes"] or None),
+         amounts.duration(sums["seconds"]), "")
     )  # fmt: skip
     lines = [f"profile {profile} on {machine.name}; rates {machine.source}", ""]
     lines += [*tables.lines(rows, HEADER), ""]
@@ -122,11 +123,11 @@ def shown(profile: str, machine: Machine, found: list[Cost]) -> list[str]:
             lines.append(
                 f"{cost.stage}: {facts['parameters']:,} parameters ({facts['embedding']:,} "
                 f"embedding, {facts['non_embedding']:,} other), {facts['steps']:,} steps, "
-                f"{tables.count(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs, "
-                f"{tables.size(facts['checkpoint_bytes'])} a checkpoint, "
+                f"{amounts.count(facts['tokens'])} tokens, {facts['flops']:.3g} FLOPs, "
+                f"{amounts.size(facts['checkpoint_bytes'])} a checkpoint, "
                 f"{facts['tokens_per_s']:,.0f} tokens/s"
             )
         elif "contexts_bytes" in facts:
-            parts = [f"{tables.size(facts[f'{n}_bytes'])} {n}" for n in ("embeddings", "contexts")]
+            parts = [f"{amounts.size(facts[f'{n}_bytes'])} {n}" for n in ("embeddings", "contexts")]
             lines.append(f"{cost.stage}: {' + '.join(parts)}")
     return lines

@@ -13,12 +13,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from lib.cli.commands.generate import open_named
+from lib.cli.console import note, write
+from lib.cli.conversation import CHAT_IDS, Conversation
 from lib.core import files
 from lib.core.errors import Interrupted, UserError, relative
 from lib.export import saved
-from lib.export.commands.generate import open_named
-from lib.export.console import note, write
-from lib.export.conversation import CHAT_IDS, Conversation
 from lib.export.generate import Sampling
 from lib.export.saved import Opened
 

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lib.cli import estimate, machines, tables
+from lib.cli.console import note
 from lib.core import artifact, files
 from lib.core.errors import EnvError, UserError
 from lib.core.settings import Settings
-from lib.export import estimate, machines, tables
-from lib.export.console import note
+from lib.export import amounts
 
 OUT = Path("benchmarks/out")
 MOST_BLOCKS = 256
@@ -58,10 +59,10 @@ def plan(settings: Settings, name: str, as_json: bool) -> None:
         tables.put_json({"cost": cost.plain(), "modules": modules, "state_bytes": held})
         return
     tables.put(tables.lines([(n, f"{c:,}") for n, c in modules.items()], ("module", "parameters")))
-    tables.put(["", *tables.lines([(k, tables.size(v)) for k, v in held.items()],
+    tables.put(["", *tables.lines([(k, amounts.size(v)) for k, v in held.items()],
                                   ("weights, gradients, moments", "bytes"))])  # fmt: skip
     need = cost.vram_bytes or cost.ram_bytes
-    tables.put(["", f"{count:,} parameters; a step needs about {tables.size(need)}, counted"])
+    tables.put(["", f"{count:,} parameters; a step needs about {amounts.size(need)}, counted"])
 
 
 def dry_run(settings: Settings, name: str, count: int, as_json: bool) -> None:
@@ -88,8 +89,8 @@ def dry_run(settings: Settings, name: str, count: int, as_json: bool) -> None:
             f"{found['parameters']:,} parameters, first loss {found['first_loss']:.4f}, "
             f"ln V {found['ln_v']:.4f}",
             f"loss on one batch: {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps",
-            f"memory: {tables.size(found['peak_bytes'])} measured, "
-            f"{tables.size(estimated)} estimated",
+            f"memory: {amounts.size(found['peak_bytes'])} measured, "
+            f"{amounts.size(estimated)} estimated",
         ])  # fmt: skip
     if found["problems"]:
         told = found["problems"]
@@ -132,7 +133,7 @@ def largest(settings: Settings, name: str, budget_gb: float | None, as_json: boo
     if as_json:
         tables.put_json(best)
     else:
-        size = tables.size(best["peak_bytes"])
+        size = amounts.size(best["peak_bytes"])
         tables.put([f"{name}: depth {low}, {best['parameters']:,} parameters, peak {size}"])
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lib.cli import tables
 from lib.core import artifact, params
 from lib.core.errors import UserError
 from lib.core.settings import Settings
-from lib.export import tables
 
 
 def run(arguments: argparse.Namespace, root: Path | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib.export.console import note
+from lib.cli.console import note
 from lib.export.generate import Carried, Generation, Sampling, TextStream
 from lib.export.saved import Opened
 

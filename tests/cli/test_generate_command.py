@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from lib.cli import main as cli
 from lib.data.tokenizer import load_tokenizer
-from lib.export import cli, saved
+from lib.export import saved
 from lib.export.generate import Sampling, generate
 from lib.export.hf import stop_ids
 from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
 
-COMMAND = (sys.executable, "-m", "lib.export.cli")
+COMMAND = (sys.executable, "-m", "lib.cli.main")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def expected(project: Path, prompt: str, new: int, sampling: Sampling) -> str:
 def test_help_and_parse_errors_need_no_torch(words, code, tmp_path):
     script = (
         "import sys, time\n"
-        "from lib.export.cli import main\n"
+        "from lib.cli.main import main\n"
         "try:\n"
         f"    code = main({words!r})\n"
         "except SystemExit as end:\n"
@@ -97,7 +98,7 @@ def test_every_command_of_the_help_has_its_module(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     for name in cli.COMMANDS:
-        module = cli.ELSEWHERE.get(name, f"lib.export.commands.{name}")
+        module = f"lib.cli.commands.{name}"
         assert name in text and importlib.util.find_spec(module) is not None
 
 
@@ -271,7 +272,7 @@ def test_export_opens_outside_of_the_project(project, tmp_path):
     folder = project / "checkpoints/gpt/export"
     words = ("--prompt", "the", "--max-new-tokens", "12", "--temperature", "0")
     done = run_module(
-        tmp_path, "lib.export.cli", "generate", str(folder), *words,
+        tmp_path, "lib.cli.main", "generate", str(folder), *words,
         environment={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
@@ -282,7 +283,7 @@ def test_export_opens_outside_of_the_project(project, tmp_path):
 
 
 def test_outside_of_a_project_a_name_is_no_model(tmp_path):
-    done = run_module(tmp_path, "lib.export.cli", "generate", "gpt", "--prompt", "a")
+    done = run_module(tmp_path, "lib.cli.main", "generate", "gpt", "--prompt", "a")
     assert done.returncode == 2 and b"inside the project" in done.stderr
 
 

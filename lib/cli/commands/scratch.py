@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.cli import pipeline, tables
+from lib.cli.console import note
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.errors import InputError, UserError
-from lib.export import pipeline, tables
-from lib.export.console import note
+from lib.export import amounts
 
 LOCKED = re.compile(r"path: (\S+\.manifest\.json)\n\s+hash: md5\n\s+md5: (\w+)")
 KINDS = ("shards", "tokens", "embeddings")  # what manifests name; the rest is state of runs
@@ -63,7 +64,7 @@ def show(keys: list[Key], as_json: bool) -> None:
         tables.put_json([vars(key) for key in keys])
         return
     rows = [
-        (k.kind, k.key, tables.size(k.total_bytes), tables.duration(k.age_s),
+        (k.kind, k.key, amounts.size(k.total_bytes), amounts.duration(k.age_s),
          ", ".join(k.needed_by) or "nobody")
         for k in keys
     ]  # fmt: skip
@@ -137,12 +138,13 @@ def collect(keys: list[Key], unread: list[str], arguments: argparse.Namespace) -
     gone = [key for key in keys if key.kind in KINDS and not key.needed_by]
     show(gone, arguments.json)
     total = sum(key.total_bytes for key in gone)
-    if not gone or not tables.ask(f"remove {len(gone)} keys, {tables.size(total)}?", arguments.yes):
+    what = f"{len(gone)} keys, {amounts.size(total)}"
+    if not gone or not tables.ask(f"remove {what}?", arguments.yes):
         note("nothing removed")
         return
     for key in gone:
         files.remove_tree(key.folder)
-    note(f"removed {len(gone)} keys, {tables.size(total)}")
+    note(f"removed {what}")
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -188,7 +190,7 @@ def copy(arguments: argparse.Namespace) -> None:
                     while block := data.read(1 << 20):
                         stream.write(block)
         copied.append({"kind": folder.parent.name, "key": folder.name, "bytes": total})
-        note(f"{folder.parent.name}/{folder.name}: {tables.size(total)}")
+        note(f"{folder.parent.name}/{folder.name}: {amounts.size(total)}")
     if arguments.json:
         tables.put_json({"copied": copied})
     else:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib.cli import tables
 from lib.core import artifact, files, params
 from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.settings import Settings
-from lib.export import tables
+from lib.export import amounts
 
 HEADER = ("source", "kind", "weight", "share", "split", "field", "cap", "documents",
           "bytes", "disk", "realised", "licence")  # fmt: skip
@@ -28,8 +29,8 @@ def show(settings: Settings, name: str | None, as_json: bool) -> None:
     for recipe, rows in documents.items():
         cells = [
             (r["source"], r["kind"], f"{r['weight']:g}", f"{100 * r['share']:.1f} %", r["split"],
-             r["field"], r["cap"], r["documents"], tables.size(r["bytes"]),
-             tables.size(r["disk_bytes"]),
+             r["field"], r["cap"], r["documents"], amounts.size(r["bytes"]),
+             amounts.size(r["disk_bytes"]),
              None if r["realised"] is None else f"{100 * r['realised']:.1f} %",
              (r["licence"] or "")[:40] or None)
             for r in rows
@@ -71,7 +72,7 @@ def _made(name: str) -> dict[str, Any]:
 
 def _shards() -> tuple[dict[str, int], dict[str, str]]:
     """(bytes of shards, licence) of every source, from the shard manifest."""
-    from lib.export.commands.push import licence
+    from lib.cli.commands.push import licence
 
     path = Path("data/shards.manifest.json")
     if not path.is_file():

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lib.cli.console import Clock, Texts, note
 from lib.core.errors import Interrupted, UserError, relative
 from lib.export import saved
-from lib.export.console import Clock, Texts, note
 from lib.export.generate import Generation, Sampling, TextStream, encode_prompt
 from lib.export.saved import Opened
 

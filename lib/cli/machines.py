@@ -62,8 +62,8 @@ def named(name: str | None) -> Machine:
 
 def this_machine() -> Machine:
     """Cores, memory and disk of this machine; rates from the last `kumiki doctor --full`."""
+    from lib.cli.commands.status import gpu_memory, memory
     from lib.core.artifact import scratch_root
-    from lib.export.commands.status import gpu_memory, memory
 
     vram = gpu_memory()["vram_bytes"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lib.cli import tables
+from lib.cli.console import note
 from lib.core import files, params
 from lib.core.errors import EnvError, KumikiError, UserError, redact
-from lib.export import tables
-from lib.export.console import note
+from lib.export import amounts
 
 TEXT = (".json", ".md", ".py", ".txt", ".jinja", ".model.txt")
 # a path on a machine, as it would stand in a config: not a URL, not a relative name
@@ -44,9 +45,9 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     state = "public" if arguments.public else "private"
     shown = {"repo": repo, "revision": arguments.revision or "main", "visibility": state}
     if not arguments.json:
-        tables.put(tables.lines([(o["path"], tables.size(o["bytes"])) for o in listed],
+        tables.put(tables.lines([(o["path"], amounts.size(o["bytes"])) for o in listed],
                                 ("file", "bytes")))  # fmt: skip
-        tables.put(["", f"{len(listed)} files, {tables.size(total)} to {repo}, {state}"])
+        tables.put(["", f"{len(listed)} files, {amounts.size(total)} to {repo}, {state}"])
     url = None
     if not arguments.dry_run and tables.ask(f"upload to {repo}?", arguments.yes):
         url = upload(repo, found, card, arguments.revision, private=not arguments.public)

@@ -19,11 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from lib.cli.commands.status import gpu_memory, memory
 from lib.core import artifact, files
 from lib.core.errors import KumikiError
 from lib.core.settings import Settings
-from lib.export import tables
-from lib.export.commands.status import gpu_memory, memory
+from lib.export import amounts
 
 State = Literal["ok", "warn", "fail", "skip"]
 LEAST_PYTHON = (3, 11)
@@ -112,7 +112,7 @@ def _gpu_row(index: int) -> Row:
         return Row(f"GPU {index}", "fail", str(error).splitlines()[0], "", "check the driver")
     about = torch.cuda.get_device_properties(index)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    found = f"{about.name}, {tables.size(about.total_memory)}, sm_{about.major}{about.minor}"
+    found = f"{about.name}, {amounts.size(about.total_memory)}, sm_{about.major}{about.minor}"
     found += ", bf16" if bf16 else ", fp16"
     return Row(f"GPU {index}", "ok" if right else "fail", found, "a right matmul")
 
@@ -182,13 +182,13 @@ def machine_rows() -> Iterator[Row]:
     """RAM, swap, memory that may be pinned, file limit."""
     ram = memory()["ram_bytes"]
     state: State = "skip" if ram is None else "ok" if ram >= LEAST_RAM else "warn"
-    yield Row("RAM", state, tables.size(ram), "4 GB for small", "close other programs")
+    yield Row("RAM", state, amounts.size(ram), "4 GB for small", "close other programs")
     vram = gpu_memory()["vram_bytes"]
     if vram is not None:
-        yield Row("VRAM", "ok", tables.size(vram))
+        yield Row("VRAM", "ok", amounts.size(vram))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = locked == resource.RLIM_INFINITY
-    yield Row("pinnable memory", "ok", "unlimited" if unlimited else tables.size(locked), "",
+    yield Row("pinnable memory", "ok", "unlimited" if unlimited else amounts.size(locked), "",
               "ulimit -l, for streamed weights")  # fmt: skip
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     state = "ok" if limit >= LEAST_FILES else "warn"
@@ -204,7 +204,7 @@ def scratch_rows() -> Iterator[Row]:
     free, kind, mount = files.free_bytes(place), *file_system(base)
     good = os.access(base, os.W_OK)
     remedy = f"sudo chown $USER {base}" if not good else "set KUMIKI_SCRATCH to a larger disk"
-    found = f"{tables.size(free)} free, {kind or 'unknown file system'} at {mount}"
+    found = f"{amounts.size(free)} free, {kind or 'unknown file system'} at {mount}"
     state: State = "fail" if not good or kind in ("tmpfs", "ramfs") else "ok"
     yield Row("scratch", state, found, "writable, on a disk", remedy)
     wanted = os.environ.get("KUMIKI_SCRATCH", "")

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.cli import tables
+from lib.cli.commands.config import load_profile
+from lib.cli.console import note
+from lib.cli.recipe_block import block_lines, local_sources, write_block
+from lib.cli.recipe_table import show
 from lib.core import artifact, params
 from lib.core.errors import UserError
 from lib.core.settings import Settings
-from lib.export import tables
-from lib.export.commands.config import load_profile
-from lib.export.console import note
-from lib.export.recipe_block import block_lines, local_sources, write_block
-from lib.export.recipe_table import show
 
 GROUPS = {  # share of Japanese, code, everything else (phase7.md 8.2)
     "balanced": {"japanese": 0.33, "code": 0.33, "general": 0.34},

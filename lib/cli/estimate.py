@@ -17,11 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lib.cli.machines import Machine
 from lib.core import dag, params
 from lib.core.artifact import Manifest
 from lib.core.data_settings import EmbeddedSource, HubDatasetSource, ParquetSource
 from lib.core.settings import Settings
-from lib.export.machines import Machine
 
 SHARD_BYTES = 100e6  # a FineWeb-Edu shard as its hosts serve it
 SHARD_CHARACTERS = 250e6

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lib.cli import tables
+from lib.cli.console import note
 from lib.core import files, params
 from lib.core.errors import relative
-from lib.export import tables
-from lib.export.console import note
+from lib.export import amounts
 from lib.export.report.gather import Found, FoundRun, gather
 from lib.export.report.page import render
 
@@ -59,11 +60,11 @@ def _row(one: FoundRun) -> tuple[Any, ...]:
     flops, rate = m.get("train_flops"), one.speed.get("tokens_per_s")
     return (
         one.name,
-        tables.number(m.get("bpb")),
-        tables.number(m.get("cloze"), 3),
-        f"{tables.number(core)} {partial}".strip(),
+        amounts.number(m.get("bpb")),
+        amounts.number(m.get("cloze"), 3),
+        f"{amounts.number(core)} {partial}".strip(),
         f"{m['params']:,}" if m.get("params") is not None else None,
-        tables.count(m.get("train_tokens")),
+        amounts.count(m.get("train_tokens")),
         f"{flops:.3g}" if flops is not None else None,
         f"{rate:,.0f}" if rate else None,
         f"twin of {one.family}" if one.twin else "",

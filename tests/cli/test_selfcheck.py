@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib.export.selfcheck import verify
+from lib.cli.selfcheck import verify
 from lib.models import load_family, phase7
 from tests.test_family_contract import TINY
 

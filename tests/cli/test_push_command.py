@@ -80,7 +80,7 @@ def project(tmp_path_factory) -> Path:
 def push(project: Path, hub: str, *words: str):
     environment = {"HF_ENDPOINT": hub, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    return run_module(project, "lib.export.cli", "push", "gpt", "--repo", "me/x", *words,
+    return run_module(project, "lib.cli.main", "push", "gpt", "--repo", "me/x", *words,
                       environment=environment)  # fmt: skip
 
 

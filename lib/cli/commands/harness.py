@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.cli.console import note
 from lib.core.errors import UserError
 from lib.eval import bundle as bundles
 from lib.eval import cloze, core
 from lib.eval.bundle import Task
 from lib.export import saved
-from lib.export.console import note
 
 CLOZE_ITEMS, CLOZE_SEED = 400, 0
 

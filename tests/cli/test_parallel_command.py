@@ -64,24 +64,24 @@ def ran(project: Path) -> list[str]:
 
 
 def test_two_stages_side_by_side_are_collected_and_nothing_runs_twice(project):
-    done = run_module(project, "lib.export.cli", "parallel", "a", "b")
+    done = run_module(project, "lib.cli.main", "parallel", "a", "b")
     told = done.stderr.decode()
     assert done.returncode == 0, told
     assert "shared upstream first: up" in told and "a | " in told and "b | " in told
     assert ran(project) == ["a", "b", "up"], "each stage ran once; the main tree took the cache"
     assert [(project / f"{n}.txt").read_text() for n in "ab"] == ["a", "b"]
     assert not list((project / ".kumiki/wt").iterdir()), "worktrees are gone"
-    again = run_module(project, "lib.export.cli", "parallel", "a", "b")
+    again = run_module(project, "lib.cli.main", "parallel", "a", "b")
     assert again.returncode == 0 and ran(project) == ["a", "b", "up"]
 
 
 def test_a_failure_stops_no_other_and_the_same_command_continues(project):
     (project.parent / "marks/refuse_b").touch()
-    done = run_module(project, "lib.export.cli", "parallel", "a", "b")
+    done = run_module(project, "lib.cli.main", "parallel", "a", "b")
     assert done.returncode == 4 and b"stages failed: b" in done.stderr
     assert (project / "a.txt").is_file() and not (project / "b.txt").exists()
     (project.parent / "marks/refuse_b").unlink()
-    done = run_module(project, "lib.export.cli", "parallel", "a", "b")
+    done = run_module(project, "lib.cli.main", "parallel", "a", "b")
     assert done.returncode == 0, done.stderr.decode()
     assert ran(project).count("a") == 1 and (project / "b.txt").is_file()
 
@@ -89,7 +89,7 @@ def test_a_failure_stops_no_other_and_the_same_command_continues(project):
 def test_ctrl_c_reaches_the_stages_which_commit(project):
     (project.parent / "marks/wait_a").touch()
     process = subprocess.Popen(
-        [sys.executable, "-m", "lib.export.cli", "parallel", "a"], cwd=project,
+        [sys.executable, "-m", "lib.cli.main", "parallel", "a"], cwd=project,
         env={**os.environ, **WHO, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 60
@@ -106,14 +106,14 @@ def test_ctrl_c_reaches_the_stages_which_commit(project):
 
 
 def test_targets_and_gpus_are_checked(project):
-    done = run_module(project, "lib.export.cli", "parallel", "nobody")
+    done = run_module(project, "lib.cli.main", "parallel", "nobody")
     assert done.returncode == 2 and b"choose one of up, a, b, c" in done.stderr
-    done = run_module(project, "lib.export.cli", "parallel", "a", "b", "--gpus", "0")
+    done = run_module(project, "lib.cli.main", "parallel", "a", "b", "--gpus", "0")
     assert done.returncode == 2 and b"--jobs 1" in done.stderr
 
 
 def test_a_stage_below_another_runs_in_its_worktree(project, monkeypatch):
-    from lib.export.commands.parallel import targets
+    from lib.cli.commands.parallel import targets
 
     monkeypatch.chdir(project)
     assert targets(["a", "c", "b"]) == (["c", "b"], ["up"])
