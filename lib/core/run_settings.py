@@ -55,6 +55,7 @@ class Train:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
+    moments: Literal["float32", "bfloat16"] = "float32"  # of adamw; bfloat16: 4 B a weight less
     grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
     skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
     # schedule

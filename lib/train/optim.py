@@ -24,6 +24,7 @@ from lib.core.errors import InputError
 from lib.kernels.xxt import xxt
 from lib.models.base import Family, Group
 from lib.train.eight_bit import EightBitAdamW
+from lib.train.rounding import RoundedMoments
 from lib.train.schedule import Multipliers
 
 # Quintic x -> a x + b x^3 + c x^5 on singular values; they end in [0.67, 1.21], by design.
@@ -104,7 +105,8 @@ class Optimizer:
     shard: matrices of Muon are dealt to ranks, largest first; an owner keeps their state and
     updates them, then all ranks receive the result. `step` and `state_tensors` are then collective
     calls. parts: names of parameters that AdamW updates by one call each, in this order; `run`
-    makes the updates, now or beside other work (they hold their gradients).
+    makes the updates, now or beside other work (they hold their gradients). rounded: AdamW keeps
+    its moments in bf16.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Optimizer:
         shard: bool = False,
         parts: Sequence[Sequence[str]] = (),
         run: Callable[[Sequence[Update]], None] | None = None,
+        rounded: RoundedMoments | None = None,
     ) -> None:
         self.groups, self._run = list(groups), run or _run_in_order
         names = [name for group in self.groups for name in group.params]
@@ -124,7 +127,7 @@ class Optimizer:
         ranks = dist.get_world_size() if shard and dist.is_initialized() else 1
         self._rank = dist.get_rank() if ranks > 1 else 0
         self._owners = deal(muon, ranks)
-        self._plain = _AdamW(plain, parts)
+        self._plain = _AdamW(plain, parts, rounded)
         self._coded = EightBitAdamW(coded) if coded else None
         self._adamw = [rule for rule in (self._plain, self._coded) if rule is not None]
         self._stacks = [s for group in muon for s in _stacks(group, self._owners, self._rank)]
@@ -187,12 +190,14 @@ class Optimizer:
 
 
 def build_optimizer(
-    groups: Sequence[Group], *, shard: bool = False, model: Family | None = None
-) -> Optimizer:
+    groups: Sequence[Group], *, shard: bool = False, model: Family | None = None,
+    rounded: RoundedMoments | None = None,
+) -> Optimizer:  # fmt: skip
     """The optimizer of a model's `param_groups`; `model` may say in which parts, and when."""
     if model is None:
-        return Optimizer(groups, shard=shard)
-    return Optimizer(groups, shard=shard, parts=model.update_parts(), run=model.run_updates)
+        return Optimizer(groups, shard=shard, rounded=rounded)
+    parts, run = model.update_parts(), model.run_updates
+    return Optimizer(groups, shard=shard, parts=parts, run=run, rounded=rounded)
 
 
 def _run_in_order(updates: Sequence[Update]) -> None:
@@ -297,19 +302,23 @@ class _AdamW:
 
     torch's fused `adamw` is this formula (arXiv 1711.05101, epsilon after the correction);
     parameters in half precision go by `_step_half`, for torch would keep their moments in half
-    precision too.
+    precision too. rounded: moments are bf16 between updates, which go tensor by tensor then.
     """
 
-    def __init__(self, groups: Sequence[Group], parts: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self, groups: Sequence[Group], parts: Sequence[Sequence[str]] = (),
+        rounded: RoundedMoments | None = None,
+    ) -> None:  # fmt: skip
         self._state: dict[str, dict[str, Tensor]] = {}
+        self._rounded = rounded
         of = {name: number for number, names in enumerate(parts) for name in names}
         # (part, group, its members in that part), those of no part together at the end
         self._calls: list[tuple[Group, list[str]]] = []
         found: dict[tuple[int, int], list[str]] = {}
         for number, group in enumerate(groups):
             for name, p in group.params.items():
-                wide = torch.promote_types(p.dtype, torch.float32)
-                moments = {k: torch.zeros_like(p, dtype=wide) for k in ("exp_avg", "exp_avg_sq")}
+                dtype = torch.bfloat16 if rounded else _wide(p)
+                moments = {k: torch.zeros_like(p, dtype=dtype) for k in ("exp_avg", "exp_avg_sq")}
                 self._state[name] = {"step": torch.zeros((), device=p.device), **moments}
                 found.setdefault((of.get(name, len(parts)), number), []).append(name)
         self._calls = [(groups[number], names) for (_, number), names in sorted(found.items())]
@@ -320,32 +329,43 @@ class _AdamW:
         for group, names in self._calls:
             members = [(n, group.params[n], grad) for n in names
                        if (grad := group.params[n].grad) is not None]  # fmt: skip
-            whole = [one for one in members if one[1].dtype == self._moments(one[0]).dtype]
-            half = [one for one in members if one[1].dtype != self._moments(one[0]).dtype]
             factor = multipliers.lr if group.scheduled else 1.0
-            made.append((names, partial(self._update, group, whole, half, factor)))
+            made.append((names, partial(self._update, group, members, factor)))
         return made
 
-    def _moments(self, name: str) -> Tensor:
-        return self._state[name]["exp_avg"]
-
-    def _update(
-        self, group: Group, whole: Sequence[Member], half: Sequence[Member], multiplier: float
-    ) -> None:
-        if whole:
-            states = [self._state[name] for name, _, _ in whole]
-            adamw(
-                [p for _, p, _ in whole], [grad for _, _, grad in whole],
-                [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                [s["step"] for s in states], fused=True, amsgrad=False, beta1=group.betas[0],
-                beta2=group.betas[1], lr=group.lr * multiplier, weight_decay=group.weight_decay,
-                eps=group.eps, maximize=False,
-            )  # fmt: skip
-        for name, parameter, grad in half:
-            _step_half(group, parameter, grad, self._state[name], multiplier)
+    def _update(self, group: Group, members: Sequence[Member], multiplier: float) -> None:
+        if self._rounded is None:
+            states = [self._state[name] for name, _, _ in members]
+            return _step_adamw(group, members, states, multiplier)
+        for member in members:
+            name = member[0]
+            with self._rounded.widened(name, self._state[name]) as state:
+                _step_adamw(group, [member], [state], multiplier)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{n}.{kind}": t for n, state in self._state.items() for kind, t in state.items()}
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _step_adamw(
+    group: Group, members: Sequence[Member], states: Sequence[dict[str, Tensor]], multiplier: float
+) -> None:
+    pairs = list(zip(members, states, strict=True))
+    whole = [(p, grad, s) for (_, p, grad), s in pairs if p.dtype == _wide(p)]
+    if whole:
+        adamw(
+            [p for p, _, _ in whole], [grad for _, grad, _ in whole],
+            [s["exp_avg"] for *_, s in whole], [s["exp_avg_sq"] for *_, s in whole], [],
+            [s["step"] for *_, s in whole], fused=True, amsgrad=False, beta1=group.betas[0],
+            beta2=group.betas[1], lr=group.lr * multiplier, weight_decay=group.weight_decay,
+            eps=group.eps, maximize=False,
+        )  # fmt: skip
+    for (_, parameter, grad), state in pairs:
+        if parameter.dtype != _wide(parameter):
+            _step_half(group, parameter, grad, state, multiplier)
 
 
 def _step_half(

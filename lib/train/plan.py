@@ -133,11 +133,11 @@ def _tokens(
 
 
 def describe(
-    plan: Plan, model: Family, micro_rows: int, device: torch.device, seconds: float
+    plan: Plan, model: Family, micro_rows: int, device: torch.device, seconds: float, size: int
 ) -> list[str]:
     """The block printed before step 0; seconds: of the dry step, 0 where none was made.
 
-    micro_rows: rows that the dry step took.
+    micro_rows: rows that the dry step took. size: bytes of a checkpoint.
     """
     world = ranks.world_size()
     groups = ", ".join(
@@ -154,7 +154,8 @@ def describe(
     ]
     hours = seconds * plan.rows / micro_rows / world * plan.steps / 3600
     span = f"{hours:.2f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
-    return lines + ([f"about {span} at the rate of the dry step"] if hours else [])
+    lines += [f"about {span} at the rate of the dry step"] if hours else []
+    return [*lines, f"a checkpoint: {size / 1e6:,.1f} MB"]
 
 
 def refuse_unshardable(model: Family, plan: Plan) -> None:

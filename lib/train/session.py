@@ -67,6 +67,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
         request = Streaming(
             runtime=run.runtime, context=data.store.context, averaged=settings.ema_decay > 0,
             grad_dtype=getattr(torch, settings.grad_wire),
+            moment_dtype=getattr(torch, settings.moments),
         )  # fmt: skip
 
         def build(config: Any, own_seed: int, started: bool) -> Family:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lib.core import ranks
 from lib.core.errors import Interrupted
 from lib.nn.ema import Ema
-from lib.train import parallel, safety
+from lib.train import parallel, rounding, safety
 from lib.train.checkpoint import Checkpoints
 from lib.train.job import Batch, Job, Outcome, cut
 from lib.train.observe import Observer
@@ -46,7 +46,8 @@ def train(job: Job) -> Outcome:
     groups = parallel.split_groups(model.param_groups(plan.optim))
     state = RunState(
         model=model,
-        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model),
+        optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model,
+                                  rounded=rounding.of_run(settings, runtime, job.seed)),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype), device=device, position=Position(), extra=job.extra,
         checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
@@ -127,8 +128,7 @@ def train(job: Job) -> Outcome:
             seconds = 0.0 if model.describe() else dry_step()
             lines = [*model.notes(), *model.engine_notes()]
             if position.step == 0:
-                lines += describe(plan, model, micro_rows, device, seconds)
-                lines += [f"a checkpoint: {state.total_bytes() / 1e6:,.1f} MB"]
+                lines += describe(plan, model, micro_rows, device, seconds, state.total_bytes())
             for line in lines:
                 job.log(line)
         committed, committed_at = position.step, time.monotonic()

@@ -27,6 +27,7 @@ class Streaming:
     context: int  # T
     averaged: bool = False  # the run averages its weights after every update
     grad_dtype: torch.dtype = torch.float32  # in which gradients leave the device
+    moment_dtype: torch.dtype = torch.float32  # of the optimizer's two moments
 
 
 def spread(units: int, share: float) -> frozenset[int]:
@@ -54,6 +55,7 @@ def load_of(model: Any, dtype: torch.dtype, request: Streaming, **changes: Any) 
         "host": runtime.stream_boundaries == "host",
         "wire_bytes": 4 if dtype == torch.float32 else 2,
         "gradient_bytes": request.grad_dtype.itemsize,
+        "moment_bytes": 2 * request.moment_dtype.itemsize,
     }
     return Load(**{**fields, **changes})
 
@@ -97,5 +99,5 @@ def require_memory(
         raise EnvError(
             "not enough memory for a streamed run",
             value=f"needs {needed / 1e9:.1f} GB more, {present / 1e9:.1f} GB are free",
-            remedy="close other programs, or set train's grad_wire: bfloat16",
+            remedy="close other programs, or set train's moments: bfloat16",
         )

@@ -67,6 +67,7 @@ class Load:
     wire_bytes: int = 2  # w
     gradient_bytes: int = 4  # g
     master_bytes: int = 4
+    moment_bytes: int = 8  # of both
 
     @property
     def parameters(self) -> int:
@@ -124,9 +125,10 @@ def host_bytes(load: Load) -> float:
     """Host memory: masters, gradients, two moments, wires, stages, boundaries (ramgpt.md 5.4)."""
     streamed = sum(load.unit_sizes)
     boundaries = len(load.applications) * load.load_tokens * load.width * load.wire_bytes
+    held = 2 * load.master_bytes + load.moment_bytes  # weight, gradient, moments
     return (
-        (16 + load.wire_bytes) * streamed
-        + 20 * load.ends
+        (held + load.wire_bytes) * streamed
+        + (held + load.master_bytes) * load.ends
         + STAGES * load.gradient_bytes * max(load.unit_sizes)
         + (boundaries if load.host else 0)
     )

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lib.core.run_settings import Runtime
 from lib.models import ramgpt
-from lib.nn.stream import estimate
+from lib.nn.stream import Streaming, estimate
+from lib.nn.stream.decide import load_of
 from lib.nn.stream.estimate import CARDS, Load
 from tests.nn.stream.models import ids, losses_of, make
 
@@ -109,3 +111,11 @@ def test_the_loads_numbers_are_the_models():
     assert load.parameters == sum(p.numel() for p in model.parameters())
     assert load.unit_sizes[0] == 12 * config.width**2 + 13 * config.width
     assert load.wire_bytes == 4 and make(dtype=torch.bfloat16).engine.load.wire_bytes == 2
+
+
+def test_bf16_moments_save_four_bytes_a_parameter():
+    model = make()
+    asked = Streaming(runtime=Runtime(stream="on"), context=12)
+    plain = load_of(model, torch.bfloat16, asked)
+    half = load_of(model, torch.bfloat16, replace(asked, moment_dtype=torch.bfloat16))
+    assert estimate.host_bytes(plain) - estimate.host_bytes(half) == 4 * plain.parameters
