@@ -1,7 +1,8 @@
 """CVFP against what it must beat: the matrix rate, a direct implementation, plain reads, a ceiling.
 
 `python -m benchmarks.cvfp [rates|start|reading|memory]`: ratios of both sides in one process, each
-the best of several turns taken in turn, so that a busy machine strikes both. Six layers, width 768.
+the best of several turns taken in turn, so that a busy machine strikes both. Six layers, width 768,
+every side with matmuls in --dtype: auto is the faster one here, bf16 or fp32.
 With one thread the clock is the process's own CPU time, which hardly feels other work.
 Memory runs in children of its own: peak resident bytes of sweeps over 1 M and 4 M tokens.
 """
@@ -9,8 +10,8 @@ Memory runs in children of its own: peak resident bytes of sweeps over 1 M and 4
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from lib.core.chunkstore import RowFile, stored
 from lib.models import cvfp
 from lib.models.base import build
 from lib.nn.context import halo
-from lib.nn.fixed_point import HALO_ROWS
+from lib.nn.first_sweep import HALO_ROWS
 
 D, DEPTH, VOCAB = 768, 6, 50_257
 LEARNING_FLOPS = 20.1e6  # a token: forward and backward of the state side, cvfp.md 15.2
@@ -73,8 +74,14 @@ def step(model: cvfp.Model, number: int) -> None:
     """One chunk: losses, gradients."""
     batch: Any = SimpleNamespace(tokens=None, targets=None, step=number, rows=None)
     for loss in model.losses(batch):
-        loss.backward()
+        backward(loss)
     model.zero_grad(set_to_none=True)
+
+
+def backward(loss: torch.Tensor) -> None:
+    """As the trainer does: outside autocast."""
+    with torch.autocast("cpu", enabled=False):
+        loss.backward()
 
 
 class Direct(nn.Module):
@@ -94,7 +101,7 @@ class Direct(nn.Module):
         """One step over the whole chunk, one graph."""
         new = self(c + 0.1 * torch.randn_like(c), e)
         diversity = -(new - new.mean(0)).norm() / len(new)
-        (0.5 * (new - c).square().mean() + 0.5 * diversity).backward()
+        backward(0.5 * (new - c).square().mean() + 0.5 * diversity)
         self.zero_grad(set_to_none=True)
 
 
@@ -103,14 +110,27 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def matmul(n: int = 1024) -> float:
+def matmul(dtype: torch.dtype | None = None, n: int = 1024) -> float:
     """FLOP/s of one turn of the matmuls that a micro-batch is made of."""
-    a, w = torch.randn(n, D), torch.randn(D, D)
+    dtype = dtype or compute_dtype()
+    a, w = torch.randn(n, D).to(dtype), torch.randn(D, D).to(dtype)
     start = clock()
     for _ in range(10):
         torch.mm(a, w)
         torch.mm(a.t(), a)
     return 20 * 2 * n * D * D / (clock() - start)
+
+
+def compute_dtype() -> torch.dtype:
+    """Of matmuls on either side: that of autocast where it is on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """auto: whichever type multiplies faster here."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    return max((torch.float32, torch.bfloat16), key=matmul)
 
 
 def best(sides: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
@@ -148,7 +168,7 @@ def rates(folder: Path, tokens: int, turns: int) -> None:
         turns,
     )
     rate = found["matmul"]
-    say(f"matmul {rate / 1e9:.0f} GFLOP/s, fp32, {torch.get_num_threads()} threads")
+    say(f"matmul {rate / 1e9:.0f} GFLOP/s, {compute_dtype()}, {torch.get_num_threads()} threads")
     for name, flops in (("kept", LEARNING_FLOPS), ("two passes", TWO_PASS_FLOPS)):
         share, times = found[name] * flops / rate, found[name] / found["direct"]
         say(f"{name}: {found[name]:,.0f} tokens/s, {share:.2f} of the bound, {times:.2f} x direct")
@@ -222,14 +242,17 @@ def memory(folder: Path, tokens: int) -> None:
     os.environ["KUMIKI_SCRATCH"] = str(folder)
     chunk = min(tokens, 1_000_000)
     model = model_of(tokens, chunk, folder / "memory", 2**30)
-    began = time.perf_counter()
+    began = time.process_time()
     for number in range(-(-tokens // chunk) + 1):
         step(model, number)
-        if time.perf_counter() - began > 1500:
-            break
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    say(f"memory: {tokens:,} tokens, {number + 1} chunks, peak {peak:.2f} GB, "
-        f"{time.perf_counter() - began:.0f} s")  # fmt: skip
+    say(f"memory: {tokens:,} tokens, {number + 1} chunks, peak {peak_bytes() / 1e9:.2f} GB, "
+        f"{time.process_time() - began:.0f} s of CPU")  # fmt: skip
+
+
+def peak_bytes() -> int:
+    """Most resident bytes of this process so far; ru_maxrss would count its parent's, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1]) * 1024
 
 
 def say(text: str) -> None:
@@ -243,10 +266,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--folder", type=Path, help="where the files go, default a new folder")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+    dtype = pick_dtype(arguments.dtype)
+    wide = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as place, wide:
         folder, turns = Path(place), arguments.turns
         if arguments.part in (None, "rates"):
             rates(folder, arguments.tokens or 131_072, turns)

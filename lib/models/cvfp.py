@@ -1,7 +1,7 @@
 """CVFP: context vectors as the fixed point of a recurrence, and a token model that reads them.
 
 One Model for both phases. `fixed_point`: the context block learns without targets, from
-fixed-point, diversity and memory terms (lib/nn/fixed_point.py). `predict`: token block and head on
+fixed-point, diversity and memory terms (lib/nn/objective.py). `predict`: token block and head on
 its vectors. forward is the exact recurrence from its state; None = zeros. In: ids (B, T). Out:
 logits (B, T, V).
 Invariant: any split of a sequence into chunks gives the same logits.
@@ -10,9 +10,8 @@ Letters: B rows, T time, V vocabulary, e token width, d context width, L depth, 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.core import artifact, files
 from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights
 from lib.nn import probes
+from lib.nn.arms import controls, starts_from_weights, verdict
 from lib.nn.context import EPS, Layer, Weights, initial, shifts, trajectory
-from lib.nn.fixed_point import Exact, Jacobi
-from lib.nn.sweeps import JOURNAL, Sweeps, read_journal
+from lib.nn.exact import Exact
+from lib.nn.handover import take_phase1
+from lib.nn.jacobi import Jacobi
+from lib.nn.solver import Solver
+
+__all__ = ["Config", "Model", "controls", "starts_from_weights", "verdict"]
 
 # What null stands for: (the project's value, the original's under seed_compat; cvfp.md 2, 5, 8).
 CHOICES: dict[str, tuple[Any, Any]] = {
@@ -157,42 +160,6 @@ class Config:
         return int(self.token_depth or self.get("depth"))
 
 
-def controls(config: Config) -> dict[str, Config]:
-    """arm -> its Config: what Phase 1 has to be better than, at equal tokens and rates."""
-    base = replace(config, phase="predict", seed_defects=())
-    frozen, end = replace(base, train_context=False), replace(base, train_context=True)
-    return {
-        "none": replace(frozen, given="none"),
-        "previous_1": replace(frozen, given="previous", previous=1),
-        "previous_3": replace(frozen, given="previous", previous=3),
-        "untrained": frozen,
-        "leaky": replace(frozen, given="leaky"),
-        "phase1": frozen,
-        "end_to_end": end,
-        "phase1_end_to_end": end,
-    }
-
-
-def starts_from_weights(arm: str) -> bool:
-    """Whether a control begins with the weights that the run itself began with."""
-    return arm.startswith("phase1")
-
-
-def verdict(rows: list[dict[str, Any]]) -> str:
-    """What the table says of the first phase, in one sentence."""
-    found = {row["arm"]: row for row in rows}
-    mine, plain = found.get("phase1"), found.get("untrained")
-    if mine is None or plain is None or mine["bpb"] is None or plain["bpb"] is None:
-        return "Phase 1 is not decided: the arms phase1 and untrained have not both been scored"
-    gain = plain["bpb"] - mine["bpb"]
-    told = f"Phase 1 gains {gain:.4f} bpb over the untrained block"
-    if mine["bpb_sd"] is None or plain["bpb_sd"] is None:
-        return f"{told} (one seed): not decided"
-    spread = ((mine["bpb_sd"] ** 2 + plain["bpb_sd"] ** 2) / 2) ** 0.5  # pooled
-    word = "no difference" if abs(gain) <= 2 * spread else "helps" if gain > 0 else "hurts"
-    return f"{told} (noise {spread:.4f}): {word}"
-
-
 class Model(Family):
     """Token table -> context block -> token block -> head; which of them depends on the phase."""
 
@@ -200,7 +167,7 @@ class Model(Family):
     seed = 0
     reset_id: Tensor
     head: nn.Linear | TiedHead
-    solver: Jacobi | Exact
+    solver: Solver
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         super().__init__()
@@ -210,6 +177,7 @@ class Model(Family):
         get, e, d = config.get, config.width, config.d
         dtype = torch.bfloat16 if "bf16_state" in config.seed_defects else None
         self.source: Any = None
+        self.solver = Solver()
         self.embedding = nn.Embedding(vocab_size, e)
         self.embedding.weight.requires_grad_(config.train_embedding and self.predicts)
         self.register_buffer("reset_id", torch.empty((), dtype=torch.int64))  # -1: none
@@ -228,9 +196,7 @@ class Model(Family):
             ahead = config.horizons if config.memory_kind == "predict" else config.lags
             heads = ahead if get("memory") > 0 else ()
             self.memory_head.extend(nn.Linear(d, e, bias=False) for _ in heads)
-            self.solver = (
-                Jacobi(self, self._open_sweeps) if get("solver") == "jacobi" else Exact(self)
-            )
+            self.solver = (Jacobi if get("solver") == "jacobi" else Exact)(self)
             return
         width = self._given_width()
         self.token_block.extend(Layer(e, width + e, dtype=dtype) for _ in range(config.layers))
@@ -415,44 +381,13 @@ class Model(Family):
         if any(name.startswith(("head", "token_output")) for name in found):
             super().take_weights(config, read)
         else:
-            self.take_phase1(found)
-
-    def take_phase1(self, found: Mapping[str, Tensor]) -> None:
-        """Weights of the fixed-point phase: token block and head may be missing, memory heads be
-
-        surplus, all else must be there. The original's own names are understood.
-        """
-        found = {seed_name(name): tensor for name, tensor in found.items()}
-        own = self.state_dict()
-        mine = {n for n in own if not n.startswith(("token_block", "head"))}
-        theirs = {n for n in found if not n.startswith(("memory_head", "token_block", "head"))}
-        wrong = [n for n in sorted(mine ^ theirs) if n not in ("leaky.weight", "reset_id")]
-        wrong += [n for n in sorted(mine & theirs) if own[n].shape != found[n].shape]
-        if wrong:
-            held = tuple(found[wrong[0]].shape) if wrong[0] in found else "absent"
-            needs = tuple(own[wrong[0]].shape) if wrong[0] in own else "none"
-            raise UserError(
-                "weights of the first phase do not fit",
-                value=f"{wrong[0]}: {held}, the model has {needs}",
-                remedy="train train_phase1_cvfp with the same model.cvfp",
-            )
-        same = torch.equal(found["embedding.weight"].float(), own["embedding.weight"].float())
-        if self.source is not None and not same:  # a model without a source takes what comes
-            raise UserError(
-                "the first phase was trained on other token vectors",
-                value=f"{_print_of(found['embedding.weight'])}, not "
-                f"{_print_of(own['embedding.weight'])}",
-                remedy="run `dvc repro train_phase1_cvfp` again",
-            )
-        with torch.no_grad():
-            for name in sorted(mine & theirs):
-                own[name].copy_(found[name])
+            take_phase1(self, found)
 
     def load_phase1(self, folder: Path) -> None:
         """`take_phase1` of a finished model's folder."""
         from safetensors.torch import load_file
 
-        self.take_phase1(load_file(folder / "model.safetensors"))
+        take_phase1(self, load_file(folder / "model.safetensors"))
 
     def param_groups(self, optim: Optim) -> list[Group]:
         """What learns; contexts and the original know no decay, and Adam's usual betas."""
@@ -471,10 +406,9 @@ class Model(Family):
 
     def defaults(self) -> Defaults:
         """Constant rate; Jacobi's steps are its sweeps over the chunks of the corpus."""
-        if not self.learns_contexts or self.config.get("solver") != "jacobi":
+        chunk = self.stream_rows
+        if chunk is None:
             return Defaults(schedule="constant" if self.learns_contexts else "cosine")
-        assert self.source is not None, "sweeps go over an embeddings artefact"
-        chunk = min(self.config.get("chunk_tokens"), self.source.tokens)
         chunks = -(-self.source.tokens // chunk)
         return Defaults(
             schedule="constant", batch_tokens=chunk, steps=chunks * self.config.get("sweeps")
@@ -490,97 +424,36 @@ class Model(Family):
 
     # ------------------------------------------------------------ state on disk
 
-    _folder: Path | None = None
-    _sweeps: Sweeps | None = None
-
     @property
-    def stream_rows(self) -> int | None:
+    def stream_rows(self) -> int | None:  # type: ignore[override]  # the solver's
         """Tokens of a step that reads the corpus as one stream; None: packed rows."""
-        streams = self.learns_contexts and self.config.get("solver") == "jacobi"
-        return self.defaults().batch_tokens if streams else None  # type: ignore[return-value]
+        return self.solver.stream_rows
 
     def attach(self, folder: Path) -> None:
         """Remember where the run works; files are opened at the first step."""
-        self._folder = folder
-
-    def _open_sweeps(self) -> Sweeps:
-        if self._sweeps is None:
-            assert self._folder is not None and self.source is not None
-            about, config = self.describe(), self.config
-            chunk = self.stream_rows
-            assert chunk is not None
-            self._sweeps = Sweeps(
-                artifact.scratch_folder("contexts", self._folder.name), about["key"],
-                tokens=self.source.tokens, width=config.d, chunk_tokens=chunk,
-                layout=config.get("buffers"), spare=config.spare_chunks, dtype=config.store_dtype,
-            )  # fmt: skip
-        return self._sweeps
+        self.solver.attach(folder)
 
     def describe(self) -> dict[str, Any]:
         """Which files the checkpoint belongs to; what they hold their journal says."""
-        if self.stream_rows is None or self._folder is None:
-            return {}
-        return {
-            "key": self._folder.name, "layout": self.config.get("buffers"),
-            "dtype": self.config.store_dtype, "tokens": self.source.tokens,
-            "chunk_tokens": self.stream_rows,
-        }  # fmt: skip
+        return self.solver.describe()
 
     def flush(self) -> None:
         """Rows durable before the manifest that counts on them."""
-        if self._sweeps is not None:
-            self._sweeps.sync()
+        self.solver.flush()
 
     def sweep_end(self) -> bool:
-        """Commit after every chunk: before the first overwrite of what the last one reads."""
-        if self._sweeps is None:
-            return False
-        assert isinstance(self.solver, Jacobi)
-        sweep, chunk = self.solver.place
-        if chunk == self._sweeps.chunks - 1:
-            self._snapshot(sweep + 1)
-        return True
-
-    def _snapshot(self, iteration: int) -> None:
-        """checkpoint_iter_<i>/ in the working folder: weights and statistics, kept."""
-        from safetensors.torch import save_file
-
-        assert self._folder is not None
-        with files.atomic_folder(self._folder / f"checkpoint_iter_{iteration}") as part:
-            state = {
-                n: t.contiguous() for n, t in self.state_dict().items() if n[:9] != "embedding"
-            }
-            with files.library_file(part / "model.safetensors") as temp:
-                save_file(state, temp)
-            files.write_json(part / "stats.json", self.statistics(iteration))
-            entries = artifact.describe(part)
-            recipe = {"fingerprint": self._folder.name, "iteration": iteration}
-            artifact.Manifest(kind="snapshot", recipe=recipe, files=entries).write(
-                part / files.MANIFEST
-            )
+        """Whether a checkpoint must be committed before the next step."""
+        return self.solver.sweep_end()
 
     def finish(self) -> None:
         """Contexts have served; `keep_contexts` spares them."""
-        if self._sweeps is not None and not self.config.keep_contexts:
-            self._sweeps.remove()
-            self._sweeps = None
+        self.solver.finish()
 
     # ------------------------------------------------------------ what it tells
 
-    def statistics(self, iteration: int | None = None) -> dict[str, Any]:
-        """`iteration` and, per sweep, the means over its chunks, from the journal."""
-        if self.stream_rows is None or self._folder is None:
-            return {"iteration": iteration, "sweeps": []} if self.learns_contexts else {}
-        # From the journal, not from what this process did: a run may end in another one.
-        folder = artifact.scratch_folder("contexts", self._folder.name)
-        lines = {(x["sweep"], x["chunk"]): x for x in read_journal(folder / JOURNAL)}
-        chunks, found = -(-self.source.tokens // self.stream_rows), []
-        for k in range(self.config.get("sweeps")):
-            of = [lines[k, j] for j in range(chunks) if (k, j) in lines]
-            if len(of) == chunks:
-                names = sorted(set.intersection(*(set(x) for x in of)) - {"chunk", "crc32"})
-                found.append({n: sum(x[n] for x in of) / chunks for n in names})
-        return {"iteration": iteration or len(found), "sweeps": found}
+    def statistics(self) -> dict[str, Any]:
+        """`iteration` and, per sweep, the means over its chunks."""
+        return self.solver.statistics()
 
     @torch.no_grad()
     def diagnostics(self, tokens: Tensor) -> dict[str, float]:
@@ -590,17 +463,8 @@ class Model(Family):
         if self.config.given == "none":
             return {}
         Z = self.given(e, keep, {})[0][-1]
-        c = Z.flatten(0, 1)
-        c = probes.sample_rows(c, probes.ROWS)
-        found = {
-            "er_seed": probes.effective_rank(probes.sample_rows(c, probes.SEED_ROWS)),
-            "er": probes.effective_rank(c, centred=True),
-            "pr": probes.participation(c),
-            "mean_share": probes.mean_share(c),
-            "rows": float(len(c)),
-        }
         mask = torch.ones_like(e[..., 0]) if keep is None else keep
-        found |= {f"r2_{k}": x for k, x in probes.recall(Z, e, mask).items()}
+        found = probes.look(Z, e, mask)
         if self.config.given == "context":
             rows = min(RHO_ROWS, tokens.shape[1])
             u = self.inputs_of(e[:, :rows], None if keep is None else keep[:, :rows])[0]
@@ -612,34 +476,11 @@ class Model(Family):
 
     def log_scalars(self) -> dict[str, float]:
         """The terms of the last step."""
-        if not self.learns_contexts:
-            return {}
-        n = self.solver.numbers
-        found = {"fixed_point": n.fixed_point, "diversity": n.diversity, "memory": n.memory}
-        if isinstance(self.solver, Jacobi) and self._sweeps is not None:
-            line = self._sweeps.lines.get(self.solver.place, {})
-            found |= {k: v for k, v in line.items() if k not in ("crc32", *found)}
-        return found
+        return self.solver.log_scalars()
 
     def progress(self) -> str | None:
-        """The guide's five lines and ours, under Jacobi; else one line of the terms."""
-        if not self.learns_contexts:
-            return None
-        n = self.log_scalars()
-        if not isinstance(self.solver, Jacobi) or self._sweeps is None:
-            terms = (f"{name} {n[name]:.4f}" for name in ("fixed_point", "diversity", "memory"))
-            return "  " + " | ".join(terms)
-        (sweep, chunk), disk, d = self.solver.place, self._sweeps, self.config.d
-        start, stop = disk.span(chunk)
-        return "\n".join([
-            f"Iteration {sweep + 1}/{self.config.get('sweeps')}",
-            f"Processing chunk {chunk + 1}/{disk.chunks}: {start}-{stop}",
-            f"  Effective Rank: {100 * n['er_seed'] / d:.1f}% ({n['er_seed']:.0f}/{d})",
-            f"  CVFP Loss: {n['fixed_point']:.4f}",
-            f"  Diversity Loss: {n['diversity']:.4f}",
-            f"  Converged: {100 * n['converged']:.1f}% | rank centred {100 * n['er'] / d:.1f}% | "
-            f"rho {n['rho']:.2f}",
-        ])  # fmt: skip
+        """The guide's lines and ours, under Jacobi; else one line of the terms."""
+        return self.solver.progress()
 
 
 class TiedHead(nn.Module):
@@ -649,19 +490,3 @@ class TiedHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, width))
         self.bias = nn.Parameter(torch.empty(vocab_size))
-
-
-def seed_name(name: str) -> str:
-    """Our name of a tensor that may bear the original's."""
-    for theirs, ours in (
-        ("context_block.layers.", "context_block."), ("token_block.layers.", "token_block."),
-        (".fnn.0.", "."), (".context_norm.", ".norm."), (".token_norm.", ".norm."),
-        ("token_embedding.", "embedding."), ("token_output.", "head."),
-    ):  # fmt: skip
-        name = name.replace(theirs, ours)
-    return name
-
-
-def _print_of(table: Tensor) -> str:
-    """A short fingerprint of a table, for messages."""
-    return f"{zlib.crc32(table.detach().float().cpu().contiguous().numpy().tobytes()):08x}"

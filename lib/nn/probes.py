@@ -135,3 +135,16 @@ def recall(c: Tensor, e: Tensor, keep: Tensor, lags: tuple[int, ...] = LAGS) -> 
         left = (y - my - (x - mx) @ W).square().sum()
         found[k] = float(1 - left / (y - y.mean(0)).square().sum().clamp(min=1e-30))
     return found
+
+
+def look(Z: Tensor, e: Tensor, keep: Tensor) -> dict[str, float]:
+    """Ranks, shape and memory of vectors Z (T, B, d) over token vectors e (T, B, w), by name."""
+    c = sample_rows(Z.flatten(0, 1), ROWS)
+    found = {
+        "er_seed": effective_rank(sample_rows(c, SEED_ROWS)),
+        "er": effective_rank(c, centred=True),
+        "pr": participation(c),
+        "mean_share": mean_share(c),
+        "rows": float(len(c)),
+    }
+    return found | {f"r2_{k}": x for k, x in recall(Z, e, keep).items()}

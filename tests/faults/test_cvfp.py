@@ -67,7 +67,7 @@ def sweep(folder: Path, commit_every: int = 500, **config) -> None:
     )  # fmt: skip
     outcome = train(job)
     files.write_json(folder / "stats.json", model.statistics())
-    model._open_sweeps().close()
+    model.solver.state.open().close()
     log = (folder / "work/training_log.jsonl").read_text().splitlines()
     kept = [{k: v for k, v in json.loads(x).items() if k not in CLOCKED} for x in log]
     files.write_json(folder / "log_without_clock.json", kept)

@@ -76,5 +76,5 @@ def run_steps(model: Any, steps: range, optimizer: Any = None, clip: float = 1.0
 
 def stored_rows(model: Any, sweep: int) -> Tensor:
     """All context vectors of a sweep that is still on disk."""
-    disk = model._open_sweeps()
+    disk = model.solver.state.open()
     return torch.cat([r for j in range(disk.chunks) for r in disk.read(sweep, j, 16)])

@@ -16,6 +16,7 @@ from lib.core.errors import InputError, UserError
 from lib.core.refusal import Refused
 from lib.models import cvfp
 from lib.models.base import build
+from lib.nn import handover
 from lib.nn.context import trajectory
 from lib.nn.probes import apply_jacobian
 from tests import golden
@@ -53,7 +54,7 @@ def test_training_in_one_chunk_gives_the_golden_contexts_and_log(
     totals = run_steps(model, range(4))
     log = np.array(case["training_in_memory"]["log"])
     assert np.allclose(totals, log[:, 2], atol=1e-8)
-    lines = [model._sweeps.lines[k, 0] for k in (1, 2, 3)]
+    lines = [model.solver.state.disk.lines[k, 0] for k in (1, 2, 3)]
     for name, column in (("fixed_point", 0), ("diversity", 1), ("converged", 4)):
         assert np.allclose([line[name] for line in lines], log[:, column], atol=1e-8), name
     found = stored_rows(model, 3).numpy()
@@ -191,7 +192,7 @@ def test_a_context_that_is_not_finite_stops_before_it_is_stored(tmp_path, monkey
         model.context_block[0].bias[0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         run_steps(model, range(1, 2))
-    assert (1, 0) not in model._sweeps.lines
+    assert (1, 0) not in model.solver.state.disk.lines
 
 
 def test_the_curve_of_the_original_has_its_shape(tmp_path, monkeypatch):
@@ -202,7 +203,7 @@ def test_the_curve_of_the_original_has_its_shape(tmp_path, monkeypatch):
         seed_compat=True, noise=0.0, chunk_tokens=8192, sweeps=8,
     )  # fmt: skip
     run_steps(model, range(8))
-    fix = [model._sweeps.lines[k, 0]["fixed_point"] for k in range(1, 8)]
+    fix = [model.solver.state.disk.lines[k, 0]["fixed_point"] for k in range(1, 8)]
     assert fix[0] < 1e-4 and fix[2] > 50 * fix[0]
     assert all(0.2 < fix[k] / fix[k - 1] < 0.5 for k in (5, 6)), fix
 
@@ -224,7 +225,7 @@ def test_a_buffer_of_another_generation_is_refused_by_name(tmp_path, monkeypatch
     late = small(tmp_path)
     with pytest.raises(InputError, match="needs sweep 0 of chunk 1, holds sweep 2"):
         run_steps(late, range(5, 6))
-    late._sweeps.close()
+    late.solver.state.disk.close()
     a, b = (tmp_path / f"contexts/work/context_{x}.npy" for x in "ab")
     data = bytearray(b.read_bytes())
     data[4096 + 250 * 16] ^= 1
@@ -257,7 +258,7 @@ def test_a_stop_after_any_chunk_ends_with_the_same_rows(layout, spare, tmp_path,
         run_steps(fresh, range(step, step + 1), optimizer)
         state = fresh.state_dict(), optimizer.state_dict()
         if step < 15:
-            fresh._sweeps.close()
+            fresh.solver.state.disk.close()
     assert torch.equal(stored_rows(fresh, 3), stored_rows(whole, 3))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, state[0][name]), name
@@ -312,7 +313,7 @@ def test_the_second_phase_begins_with_the_first(tmp_path):
             assert torch.equal(strict.state_dict()[name], weights[name]), name
     theirs = {n.replace("context_block.", "context_block.layers.").replace(
         ".norm.", ".context_norm.") for n in weights}  # fmt: skip
-    assert {cvfp.seed_name(n) for n in theirs} == set(weights)
+    assert {handover.seed_name(n) for n in theirs} == set(weights)
     with pytest.raises(UserError, match="other token vectors"):
         predictor(zipf(500, 30, 8, seed=5, dtype=torch.float32)).load_phase1(tmp_path)
     with pytest.raises(UserError, match="do not fit"):
@@ -409,7 +410,7 @@ def test_each_defect_changes_what_it_names(tmp_path, monkeypatch):
     assert totals[1] != pytest.approx(by_length[1], rel=1e-3)
     slow, same = run("slow", "sequential_start")
     assert np.allclose(same, totals, atol=1e-4)
-    assert slow._sweeps.lines[0, 0]["repaired"] == 0
+    assert slow.solver.state.disk.lines[0, 0]["repaired"] == 0
     half, _ = run("half", "bf16_state")
     assert (
         half.context_block[0].weight.dtype == torch.float32

@@ -1,0 +1,213 @@
+"""The original's solver: sweeps over one stream on disk (cvfp.md 4, 7, 8).
+
+Every token is one step from the vector that the sweep before stored; sweep 0 is the true
+trajectory. Letters: d width, e token width, k sweep, j chunk, M chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.core.rng import torch_generator
+from lib.nn import probes
+from lib.nn.context import one_step
+from lib.nn.first_sweep import contraction_of, inputs_of_stream, ranks_of, write_first_sweep
+from lib.nn.memory_term import Memory, offset_targets
+from lib.nn.objective import (
+    Learner,
+    Numbers,
+    Objective,
+    Terms,
+    activation_bytes,
+    handed,
+    two_pass,
+    unique_tables,
+)
+from lib.nn.solver import Solver
+from lib.nn.sweep_state import SweepState
+from lib.nn.sweeps import Noise, Sweeps
+
+
+class Jacobi(Solver):
+    """The original's sweeps: every token one step from the vector that the sweep before stored."""
+
+    def __init__(self, model: Learner) -> None:
+        self.model, self.state = model, SweepState(model)
+        self.numbers = Numbers()
+        self.place: tuple[int, int] = (0, 0)  # sweep, chunk of the last step
+        seed = model.seed
+        self._noise = Noise(
+            model.config.d, lambda k, block: torch_generator(seed, "noise", k, block)
+        )
+
+    def losses(self, batch: Any) -> Iterator[Tensor]:
+        """Step k M + j: sweep 0 yields nothing, later ones the losses of chunk j."""
+        disk = self.state.open()
+        k, j = self.place = divmod(batch.step, disk.chunks)
+        stop = self.model.config.stop_at_converged
+        if k > 1 and stop is not None and self._share(disk, k - 1) >= stop:
+            return
+        if k == 0:
+            write_first_sweep(self.model, disk, j)
+        else:
+            yield from self._sweep(disk, k, j, batch.step)
+
+    def _share(self, disk: Sweeps, k: int) -> float:
+        """Share of tokens that had converged in sweep k; 1 when it was left out itself."""
+        lines = [disk.lines.get((k, j)) for j in range(disk.chunks)]
+        if any(line is None for line in lines):
+            return 1.0
+        ends = [disk.span(j) for j in range(disk.chunks)]
+        sizes = [stop - start for start, stop in ends]
+        return sum(x["converged"] * n for x, n in zip(lines, sizes, strict=True)) / sum(sizes)  # type: ignore[index]
+
+    def _sweep(self, disk: Sweeps, k: int, j: int, step: int) -> Iterator[Tensor]:
+        model, config, source = self.model, self.model.config, self.model.source
+        assert source is not None
+        (weights, hand_on), (start, stop) = model.weights().apart(), disk.span(j)
+        wide, micro = weights.b[0].dtype, config.micro_tokens
+        ids = source.ids(start, stop)
+        memory = Memory(model, step, ids)
+        tables, index = unique_tables(model, weights, ids, learns=True)
+        keep = None
+        if config.get("reset") == "document":
+            keep = (~source.starts(start, stop)).to(wide)
+        targets, valid = self._ahead(memory, ids, keep)
+        first = self._before(disk, k, j).to(wide)
+
+        def run() -> Iterator[Terms]:
+            before, at = first, start
+            for old in disk.read(k - 1, j, micro):
+                old = old.to(wide)
+                here = slice(at - start, at - start + len(old))
+                if tables is not None:
+                    P = tables.gather(index[here])
+                else:
+                    P = weights.token_side(inputs_of_stream(model, at, at + len(old)))
+                noisy = torch.cat((before[None], old[:-1]))
+                if sigma := config.get("noise"):
+                    noisy = noisy + sigma * self._noise.rows(k, at, at + len(old)).to(wide)
+                noisy = noisy if keep is None else noisy * keep[here, None]
+                c = one_step(noisy, P, weights, owned=True)
+                moved = (c - old).square().sum(-1)
+                terms = Terms(c=c, fix=moved.sum(), moved=moved.detach())
+                if memory.active:
+                    picked = ([x[here] for x in xs] for xs in (targets, valid))
+                    terms.memory = memory.loss(c, *picked)
+                yield terms
+                before, at = old[-1], at + len(old)
+
+        writer, sample, converged = disk.writer(k, j), [], 0
+        share = min(1.0, probes.SEED_ROWS / (stop - start))
+
+        def seen(terms: Terms) -> None:
+            nonlocal converged
+            rows = terms.c.detach()
+            writer.put(rows)
+            assert terms.moved is not None
+            converged += int((terms.moved < config.converged_mse * config.d).sum())
+            sample.append(probes.sample_rows(rows, max(1, round(share * len(rows)))))
+
+        pairs = sum(int(v.sum()) for v in valid)
+        objective = Objective(model, step, stop - start, pairs)
+
+        def commit() -> None:
+            line = {"sweep": k, "chunk": j, "crc32": writer.finish()}
+            found = ranks_of(torch.cat(sample)) | {
+                "fixed_point": objective.numbers.fixed_point,
+                "diversity": objective.numbers.diversity,
+                "memory": objective.numbers.memory,
+                "converged": converged / (stop - start),
+                "rho": contraction_of(model, weights, start, stop),
+            }
+            disk.commit(line | found)
+            disk.forget(k, j)
+            disk.forget(k - 1, j)
+            self.numbers = objective.numbers
+
+        keeps = (stop - start) * activation_bytes(config, weights) <= model.activation_bytes
+        yield from two_pass(
+            run, objective, keeps=keeps, seen=seen, commit=commit, last=handed(tables, hand_on)
+        )
+
+    def _before(self, disk: Sweeps, k: int, j: int) -> Tensor:
+        """The vector before the chunk: what this sweep wrote last; for the first token the wrap."""
+        if j:
+            return disk.last_written(k, j)
+        if not self.model.config.get("wrap"):
+            return torch.zeros(self.model.config.d)
+        return disk.row(k - 1, disk.tokens - 1)
+
+    def _ahead(
+        self, memory: Memory, ids: Tensor, keep: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Targets and masks of the memory term within the chunk, (n,) each."""
+        if not memory.active:
+            return [], []
+        column = None if keep is None else keep[:, None]
+        targets, valid = offset_targets(ids[:, None], column, memory.offsets)
+        return [t[:, 0] for t in targets], [v[:, 0] for v in valid]
+
+    # ------------------------------------------------------------ state and words
+
+    @property
+    def stream_rows(self) -> int:  # type: ignore[override]  # read only
+        """Tokens of a chunk."""
+        return self.state.chunk_tokens
+
+    def attach(self, folder: Path) -> None:
+        """Remember where the run works; files are opened at the first step."""
+        self.state.folder = folder
+
+    def describe(self) -> dict[str, Any]:
+        """Which files the checkpoint belongs to."""
+        return self.state.describe()
+
+    def flush(self) -> None:
+        """Rows durable before the manifest that counts on them."""
+        if self.state.disk is not None:
+            self.state.disk.sync()
+
+    def sweep_end(self) -> bool:
+        """Commit after every chunk: before the first overwrite of what the last one reads."""
+        if self.state.disk is None:
+            return False
+        sweep, chunk = self.place
+        if chunk == self.state.disk.chunks - 1:
+            self.state.snapshot(sweep + 1)
+        return True
+
+    def finish(self) -> None:
+        """Remove the files."""
+        self.state.finish()
+
+    def statistics(self) -> dict[str, Any]:
+        """Of every finished sweep."""
+        return self.state.statistics()
+
+    def log_scalars(self) -> dict[str, float]:
+        """The terms of the last step and what its chunk was measured by."""
+        line = self.state.disk.lines.get(self.place, {}) if self.state.disk else {}
+        terms = self.numbers.terms()
+        return terms | {k: v for k, v in line.items() if k not in ("crc32", *terms)}
+
+    def progress(self) -> str | None:
+        """The guide's five lines and ours (cvfp.md 13)."""
+        disk, n, d = self.state.disk, self.log_scalars(), self.model.config.d
+        if disk is None:
+            return None
+        (sweep, chunk), (start, stop) = self.place, disk.span(self.place[1])
+        return "\n".join([
+            f"Iteration {sweep + 1}/{self.model.config.get('sweeps')}",
+            f"Processing chunk {chunk + 1}/{disk.chunks}: {start}-{stop}",
+            f"  Effective Rank: {100 * n['er_seed'] / d:.1f}% ({n['er_seed']:.0f}/{d})",
+            f"  CVFP Loss: {n['fixed_point']:.4f}",
+            f"  Diversity Loss: {n['diversity']:.4f}",
+            f"  Converged: {100 * n['converged']:.1f}% | rank centred {100 * n['er'] / d:.1f}% | "
+            f"rho {n['rho']:.2f}",
+        ])  # fmt: skip

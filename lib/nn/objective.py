@@ -1,0 +1,191 @@
+"""The fixed-point phase: the loss of a step, exact in bounded memory (cvfp.md 4-6).
+
+    L = w_f L_fix + w_d L_div + w_m L_mem
+
+Pass 1 runs the micro-batches, gathers sums and, under Jacobi, stores the rows; pass 2 runs them
+again with a graph and yields one loss each. Values add up to L, gradients to dL. Where the graphs
+of a step fit the budget pass 2 takes those of pass 1: the same micro-batches in the same order,
+hence the same bits. Letters: n rows of the step, d width, e token width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lib.core.errors import InputError
+from lib.core.rng import torch_generator
+from lib.nn.context import TokenTables, Weights, matmul_dtype
+from lib.nn.diversity import Diversity, random_directions
+
+
+class Source(Protocol):
+    """The training tokens as one stream, and their vectors where they lie on disk."""
+
+    tokens: int  # N
+    has_rows: bool  # vectors are read, not looked up
+
+    def ids(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n,) int64
+    def starts(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n,) a document begins
+    def rows(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n, e) fp32
+    def stream(self, start: int, stop: int, rows: int) -> Iterator[Tensor]: ...  # noqa: D102
+    def packed(self, numbers: Any) -> Tensor: ...  # noqa: D102  (B, T, e) of packed rows
+
+
+class Learner(Protocol):
+    """What the solvers ask of the model."""
+
+    config: Any
+    seed: int
+    activation_bytes: int
+    source: Source | None
+    memory_head: nn.ModuleList
+
+    def weights(self) -> Weights: ...  # noqa: D102
+    def embed(self, tokens: Tensor) -> Tensor: ...  # noqa: D102
+    def keep_of(self, tokens: Tensor) -> Tensor | None: ...  # noqa: D102
+    def inputs_of(self, e: Tensor, keep: Tensor | None) -> tuple[Tensor, list[Tensor]]: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Tensor]: ...  # noqa: D102
+
+
+@dataclass
+class Terms:
+    """One micro-batch: its contexts c (n, d), and sums over its rows, with graphs in pass 2."""
+
+    c: Tensor
+    fix: Tensor  # sum of squared differences
+    memory: Tensor | None = None  # sum over pairs
+    moved: Tensor | None = None  # (n,) squared distance to the sweep before
+
+
+@dataclass
+class Numbers:
+    """What the log and stats.json hold of a step."""
+
+    fixed_point: float = 0.0
+    diversity: float = 0.0
+    memory: float = 0.0
+
+    def terms(self) -> dict[str, float]:
+        """By name."""
+        return asdict(self)
+
+
+class Objective:
+    """The weighted loss of one step from the terms of its micro-batches."""
+
+    def __init__(self, model: Learner, step: int, rows: int, pairs: int) -> None:
+        """rows: n of this rank; pairs: (position, horizon) pairs that the memory term averages."""
+        c = self.config = model.config
+        self.rows, self.pairs = rows, max(1, pairs)
+        directions = None
+        if c.get("kind") == "sigreg":
+            directions = random_directions(c.d, torch_generator(model.seed, "sigreg", step))
+        self.diversity = Diversity(c.get("kind"), directions)
+        self.w_f, self.w_d, self.w_m = (c.get(n) for n in ("fixed_point", "diversity", "memory"))
+        self.unit = 1.0
+        if c.seed_compat:  # -|c^|_F / n = sqrt(d / n) mcdl; n fixed at the chunk's length
+            length = rows if "length_weight" in c.seed_defects else c.get("chunk_tokens")
+            self.unit = math.sqrt(c.d / length)
+            self.w_f, self.w_d = 1 - c.get("diversity"), c.get("diversity")
+        self.numbers = Numbers()
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._memory = torch.zeros((), dtype=torch.float64)
+
+    def add(self, terms: Terms) -> None:
+        """Sums of pass 1; InputError where a context is not finite: nothing was stored."""
+        finite = terms.c.detach().sum(-1).isfinite()  # a sum of finite ones may overflow as well
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            raise InputError(
+                "context vectors are not finite",
+                value=f"row {bad} of a micro-batch",
+                remedy="lower lr; the last good checkpoint is kept",
+            )
+        self.diversity.add(terms.c)
+        self._total += terms.fix.detach().double().cpu()
+        if terms.memory is not None:
+            self._memory += terms.memory.detach().double().cpu()
+
+    def finish(self) -> None:
+        """All rows have been added."""
+        value, self._slope = self.diversity.finish()
+        d = self.config.d
+        self._value = float(value) * self.unit
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self._scale = self.w_d * self.unit * world  # the trainer averages over ranks
+        self.numbers.fixed_point = float(self._total) / (self.rows * d)
+        self.numbers.memory = float(self._memory) / self.pairs
+        self.numbers.diversity = self._value
+        if self.config.seed_compat:  # log in the original's own units, of this step's length
+            own = math.sqrt(d / self.rows) / self.unit
+            self.numbers.diversity *= own
+
+    def loss(self, terms: Terms) -> Tensor:
+        """This micro-batch's share of L and of its gradient."""
+        share = len(terms.c) / self.rows
+        total = terms.fix * (self.w_f / (self.rows * self.config.d))
+        if terms.memory is not None:
+            total = total + terms.memory * (self.w_m / self.pairs)
+        if self.w_d:
+            pull = (self._slope(terms.c.detach()) * terms.c).sum() * self._scale
+            total = total + pull - pull.detach() + self.w_d * self._value * share
+        return total
+
+
+def two_pass(
+    run: Callable[[], Iterator[Terms]],
+    objective: Objective,
+    *,
+    keeps: bool,
+    seen: Callable[[Terms], None] = lambda terms: None,
+    commit: Callable[[], None] = lambda: None,
+    last: Sequence[Callable[[], Tensor]] = (),
+) -> Iterator[Tensor]:
+    """The losses of one step. seen: rows of pass 1; commit: after them, before the first loss.
+
+    last: losses of value 0 that carry gathered gradients on.
+    """
+    kept: list[Terms] = []
+    with torch.set_grad_enabled(keeps):
+        for terms in run():
+            objective.add(terms)
+            seen(terms)
+            if keeps:
+                kept.append(terms)
+    objective.finish()
+    commit()
+    for terms in kept if keeps else run():
+        yield objective.loss(terms)
+    for hand_on in last:
+        yield hand_on()
+
+
+def handed(tables: TokenTables | None, weights: Callable[[], Tensor]) -> list[Callable[[], Tensor]]:
+    """What is yielded last, in order: tables hand on to the weights' leaves, those to the model."""
+    return [weights] if tables is None else [tables.hand_on, weights]
+
+
+def unique_tables(
+    model: Learner, weights: Weights, ids: Tensor, learns: bool
+) -> tuple[TokenTables | None, Tensor]:
+    """(tables of the distinct ids, the row of each token); none where rows are read or q > 1."""
+    if (model.source is not None and model.source.has_rows) or model.config.get("input_tokens") > 1:
+        return None, ids
+    distinct, index = torch.unique(ids, return_inverse=True)
+    return TokenTables(weights, model.embed(distinct).detach(), learns), index
+
+
+def activation_bytes(config: Any, weights: Weights) -> int:
+    """Bytes that backward keeps of one token: states wide, rectified parts in matmul dtype, twice
+
+    for the noisy step beside the trajectory.
+    """
+    wide, narrow = weights.b[0].element_size(), matmul_dtype(weights.b[0]).itemsize
+    return 2 * config.get("depth") * config.d * (wide + narrow)

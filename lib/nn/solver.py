@@ -1,0 +1,48 @@
+"""What a model of contexts asks of whoever learns or supplies them; the defaults do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Solver:
+    """No losses of its own, no state on disk, nothing to tell."""
+
+    stream_rows: int | None = None  # tokens of a step that reads the corpus as one stream
+
+    def losses(self, batch: Any) -> Iterator[Tensor]:
+        """The losses of one step of the fixed-point phase."""
+        raise TypeError(f"{type(self).__name__} learns nothing")
+
+    def attach(self, folder: Path) -> None:
+        """Remember where the run works; files are opened at the first step."""
+
+    def describe(self) -> dict[str, Any]:
+        """Which files a checkpoint belongs to; what they hold their journal says."""
+        return {}
+
+    def flush(self) -> None:
+        """Rows durable before the manifest that counts on them."""
+
+    def sweep_end(self) -> bool:
+        """After a step. True: commit a checkpoint before the next one."""
+        return False
+
+    def finish(self) -> None:
+        """The result is written."""
+
+    def statistics(self) -> dict[str, Any]:
+        """What stats.json holds."""
+        return {}
+
+    def log_scalars(self) -> dict[str, float]:
+        """Numbers of the last step."""
+        return {}
+
+    def progress(self) -> str | None:
+        """Lines below those of the step."""
+        return None
