@@ -73,6 +73,7 @@ class Train:
     # what is looked at on the way
     eval_every: int = 250  # steps between validations, 0 = only at the end
     eval_bytes: int | None = None  # validation text of one of them, null = all
+    patience: int | None = None  # validations in a row without a better one that end the run
     sample_every: int = 0  # steps between samples, 0 = none
     controls: Controls | None = None  # null: none are trained
 
@@ -90,6 +91,12 @@ class Train:
             *(
                 (not 0 <= getattr(self, n) < 1, n, getattr(self, n), "use 0 <= x < 1")
                 for n in shares
+            ),
+            (
+                self.patience is not None and (self.patience < 1 or not self.eval_every),
+                "patience",
+                self.patience,
+                "use 1 or more, and eval_every above 0",
             ),
             (isinstance(batch, int) and batch < 1, "batch_tokens", batch, "use 1 or more"),
             (
@@ -116,6 +123,10 @@ class Train:
                 f"at most steps, {self.steps}",
             ),
         )
+
+    def looks_at(self, step: int) -> bool:
+        """Whether validation follows the `step`th update for its number alone."""
+        return bool(self.eval_every) and step % self.eval_every == 0
 
 
 # ---------------------------------------------------------------- runtime: changes no result

@@ -33,10 +33,13 @@ MAX_LOSS_ROWS = 2000
 WARM_STEPS = 10  # left out of rates: first compilation, caches, allocators
 
 
-def console_line(step: int, loss: float, lr: float, grad: float, seconds: float) -> str:
-    """The line of one step; PPL is exp of the unrounded loss."""
+def console_line(
+    step: int, loss: float, lr: float, grad: float, seconds: float, predicts: bool = True
+) -> str:
+    """The line of one step; PPL is exp of the unrounded loss, where that is a cross-entropy."""
+    ppl = f"{perplexity(loss):.2f}" if predicts else "-"
     return (
-        f"Step {step:6d} | Loss: {loss:.4f} | PPL: {perplexity(loss):.2f} | LR: {lr:.2e} | "
+        f"Step {step:6d} | Loss: {loss:.4f} | PPL: {ppl} | LR: {lr:.2e} | "
         f"Grad: {grad:.3f} | Time: {seconds:.2f}s"
     )
 
@@ -48,6 +51,8 @@ def perplexity(loss: float) -> float:
 
 class Speaks(Protocol):
     """What a family may add to a log step (lib.models.base)."""
+
+    predicts: bool  # its loss is cross-entropy in nats
 
     def log_scalars(self) -> dict[str, float]: ...  # noqa: D102
     def progress(self) -> str | None: ...  # noqa: D102
@@ -129,8 +134,13 @@ class Observer:
         """Leave what just happened (validation, samples, a checkpoint) out of the rates."""
         self._since, self._steps_since = time.monotonic(), 0
 
-    def step(self, step: int, loss: float, lr: float, grad: float, model: Speaks) -> None:
-        """One update has been made, the `step`th. Logged every `runtime.log_every` steps."""
+    def step(
+        self, step: int, loss: float, lr: float, grad: float, model: Speaks, *, learned: bool = True
+    ) -> None:
+        """The `step`th step has been made. Logged every `runtime.log_every` steps.
+
+        learned: False for one that had no loss, so made no update.
+        """
         self._steps_since += 1
         self._taken += 1
         if self.quiet:
@@ -138,7 +148,7 @@ class Observer:
         if decided := kernels.news():  # known once they have run
             self.say(decided)
         tokens = step * self.tokens_per_step
-        if step % self._stride == 0 or step == self.steps:
+        if learned and (step % self._stride == 0 or step == self.steps):
             row = (step, tokens, tokens * self.flops_per_token, loss, lr, grad)
             self._points.append(dict(zip(LOSS_COLUMNS, row, strict=True)))
         if self._bar is not None:
@@ -147,18 +157,16 @@ class Observer:
             return
         seconds = (time.monotonic() - self._since) / self._steps_since
         rate = self.tokens_per_step / seconds if seconds > 0 and self._taken > WARM_STEPS else None
-        numbers = {
-            "loss": loss,
-            "ppl": perplexity(loss),
-            "lr": lr,
-            "grad": grad,
-            **model.log_scalars(),
-        }
+        numbers = {"loss": loss, "ppl": perplexity(loss), "lr": lr, "grad": grad} if learned else {}
+        if learned and not model.predicts:
+            del numbers["ppl"]
+        numbers |= model.log_scalars()
         timing = {"time": round(seconds, 6), "tokens_per_s": rate and round(rate, 1)}
         if rate and self.peak_flops:
             timing["mfu"] = round(self.flops_per_token * rate / self.peak_flops, 4)
         self._log.append({"step": step, "tokens": tokens, **numbers, **timing})
-        self.say(console_line(step, loss, lr, grad, seconds))
+        if learned:
+            self.say(console_line(step, loss, lr, grad, seconds, model.predicts))
         if lines := model.progress():
             self.say(lines)
         if self._bar is not None and rate:

@@ -23,6 +23,7 @@ from lib import kernels
 from lib.core import files, ranks
 from lib.core.errors import InputError
 from lib.core.rng import seed_global
+from lib.core.run_settings import Train
 from lib.models.base import Family
 from lib.nn.ema import Ema
 from lib.train import parallel, safety
@@ -41,6 +42,13 @@ class Position:
     micro_rows: int = 0  # rows of a micro-batch, 0 before the first step
     skipped: int = 0  # updates left out for a non-finite gradient
     code_changes: list[str] = field(default_factory=list)  # files changed since it began
+
+    def end(self, steps: int, settings: Train) -> int:
+        """The step that the run ends with: `steps`, or this one where `patience` is spent."""
+        if settings.patience is None or self.best is None or not settings.looks_at(self.step):
+            return steps
+        since = self.step - self.best["step"]
+        return self.step if since >= settings.patience * settings.eval_every else steps
 
 
 def stack_of(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

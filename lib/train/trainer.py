@@ -133,7 +133,7 @@ def train(job: Job) -> Outcome:
                 job.log(line)
         committed, committed_at = position.step, time.monotonic()
         observer.begin(position.step)
-        batches = rows.prefetch(position.step, plan.steps, rank, world)
+        batches = rows.prefetch(position.step, position.end(plan.steps, settings), rank, world)
         with closing(batches) as arrays:  # type: ignore[type-var]  # loaders give generators
             batch_loss = 0.0
             for step, parts, seen, is_done in updates(arrays):
@@ -173,13 +173,13 @@ def train(job: Job) -> Outcome:
                     continue
                 position.step = done
                 # ---- log? evaluate? sample? commit? stop asked?
-                if updated:
+                if updated or not seen:  # steps without a loss are told as well
                     lr = optimizer.groups[0].lr * multipliers.lr
-                    observer.step(done, batch_loss, lr, grad, model)
+                    observer.step(done, batch_loss, lr, grad, model, learned=updated)
                 batch_loss = 0.0
-                is_last = done == plan.steps
-                looks = is_last or (settings.eval_every and done % settings.eval_every == 0)
-                improved = bool(looks) and evaluate(done)
+                looks = done == plan.steps or settings.looks_at(done)
+                improved = looks and evaluate(done)
+                is_last = done == position.end(plan.steps, settings)
                 if settings.sample_every and done % settings.sample_every == 0:
                     sample(done)
                 if runtime.hub and done % runtime.hub.every_steps == 0:

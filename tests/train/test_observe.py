@@ -21,6 +21,8 @@ RUNTIME = Runtime(log_every=10)
 class Silent:
     """A family that adds nothing."""
 
+    predicts = True
+
     def log_scalars(self) -> dict[str, float]:
         return {}
 
@@ -83,6 +85,30 @@ def test_a_familys_own_numbers_and_lines_appear_at_log_steps(tmp_path, capsys):
     watched.close()
     assert records(tmp_path)[0]["loss/rank"] == 0.25
     assert capsys.readouterr().out.splitlines()[1] == "sweep 1, chunk 2"
+
+
+def test_a_loss_that_is_no_cross_entropy_has_no_perplexity(tmp_path, capsys):
+    """And a step without a loss is told by the family's lines alone."""
+
+    class Contexts(Silent):
+        predicts = False
+
+        def log_scalars(self):
+            return {"converged": 0.5}
+
+        def progress(self):
+            return "Processing chunk 1/2"
+
+    watched = observer(tmp_path)
+    watched.step(10, 0.0, 1e-3, 0.0, Contexts(), learned=False)
+    watched.step(20, 0.5, 1e-3, 0.1, Contexts())
+    watched.close()
+    silent, learned = records(tmp_path)
+    assert "loss" not in silent and silent["converged"] == 0.5
+    assert learned["loss"] == 0.5 and "ppl" not in learned
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[2] == "Processing chunk 1/2"
+    assert "| PPL: - |" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -549,6 +549,19 @@ def test_best_is_the_checkpoint_of_the_lowest_validation(tmp_path):
     assert names == ["best", "curves", "step_8"]
 
 
+def test_a_run_ends_when_patience_is_spent_and_stays_ended(tmp_path):
+    """Two validations in a row without a better one; asked again, it takes no further step."""
+    scores = iter([3.0, 1.0, 2.0, 1.0])
+    settings = replace(BASE, eval_every=2, steps=12, patience=2)
+    outcome = run(tmp_path, settings=settings, validate=lambda model: next(scores))
+    assert (outcome.position.step, outcome.position.best) == (8, {"step": 4, "bpb": 1.0})
+    again = run(tmp_path, settings=settings, validate=lambda model: next(scores))
+    assert again.position.step == 8
+    falling = iter(range(9, 0, -1))
+    whole = run(tmp_path / "b", settings=settings, validate=lambda model: float(next(falling)))
+    assert whole.position.step == 12
+
+
 def test_the_loop_is_one_screenful():
     lines = Path(trainer.__file__).read_text().splitlines()
     assert len(lines) <= 200
