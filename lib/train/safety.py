@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.core import ranks
-from lib.core.errors import EnvError, InputError
+from lib.core.errors import EnvError, InputError, Interrupted
 from lib.train import parallel
 
 if TYPE_CHECKING:
@@ -93,6 +93,13 @@ def find_culprit(
         ):
             return number
     return None
+
+
+def interrupted(done: int, steps: int) -> Interrupted:
+    """A stop was asked for, and the checkpoint of step `done` is committed."""
+    return Interrupted(
+        f"interrupted at step {done} of {steps}, saved; run the same command to continue"
+    )
 
 
 def are_finite(*numbers: float) -> bool:

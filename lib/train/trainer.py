@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lib.core import ranks
-from lib.core.errors import Interrupted
 from lib.nn.ema import Ema
 from lib.train import parallel, rounding, safety
 from lib.train.checkpoint import Checkpoints
@@ -191,10 +190,9 @@ def train(job: Job) -> Outcome:
                     committed, committed_at = done, time.monotonic()
                 if looks or committed == done:
                     observer.restart_clock()
-                if asked and not is_last:
-                    raise Interrupted(
-                        f"interrupted at step {done} of {plan.steps}, saved; "
-                        "run the same command to continue"
-                    )
+                if is_last:
+                    break
+                if asked:
+                    raise safety.interrupted(done, plan.steps)
         state.finish()
     return Outcome(plan=plan, position=position, weights=state.weights(), observer=observer)
