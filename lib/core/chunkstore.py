@@ -78,7 +78,7 @@ class RowFile:
     def __init__(self, path: Path, fd: int, dtype: np.dtype, shape: tuple[int, int]) -> None:
         self.path, self.dtype, self.shape = path, dtype, shape
         self.row_bytes = dtype.itemsize * shape[1]
-        self.written_bytes = 0  # by this process
+        self.read_bytes = self.written_bytes = 0  # by this process
         self._fd = fd
         self._reader: ThreadPoolExecutor | None = None
 
@@ -143,6 +143,7 @@ class RowFile:
             if not got:
                 raise _wrong("file ends early", self.path, f"row {start + at // self.row_bytes}")
             at += got
+        self.read_bytes += len(view)
         return out
 
     def write(self, start: int, rows: np.ndarray) -> None:

@@ -24,8 +24,13 @@ RHO_ROWS, RHO_STEPS = 64, 48
 
 
 @torch.no_grad()
-def write_first_sweep(model: Learner, disk: Sweeps, j: int) -> None:
-    """Chunk j of sweep 0: the true trajectory, by halo with repair (or token by token)."""
+def write_first_sweep(
+    model: Learner, disk: Sweeps, j: int, advance: Callable[[int], object] = lambda tokens: None
+) -> None:
+    """Chunk j of sweep 0: the true trajectory, by halo with repair (or token by token).
+
+    advance: told of tokens that have been written.
+    """
     config = model.config
     assert model.source is not None
     weights, (start, stop) = model.weights(), disk.span(j)
@@ -51,6 +56,7 @@ def write_first_sweep(model: Learner, disk: Sweeps, j: int) -> None:
             tol=config.halo_tol, keep=keep, repairs=repairs,
         )  # fmt: skip
         c = writer.put(made)[-1].to(wide)
+        advance(last - first)
         sample.append(
             probes.sample_rows(made, probes.SEED_ROWS * (last - first) // (stop - start) + 1)
         )

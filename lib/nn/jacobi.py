@@ -28,6 +28,7 @@ from lib.nn.objective import (
     two_pass,
     unique_tables,
 )
+from lib.nn.pace import KEPT, TWICE, Pace
 from lib.nn.solver import Solver
 from lib.nn.sweep_state import SweepState
 from lib.nn.sweeps import Noise, Sweeps
@@ -40,6 +41,7 @@ class Jacobi(Solver):
         self.model, self.state = model, SweepState(model)
         self.numbers = Numbers()
         self.place: tuple[int, int] = (0, 0)  # sweep, chunk of the last step
+        self.pace: Pace | None = None  # from the first step on
         seed = model.seed
         self._noise = Noise(
             model.config.d, lambda k, block: torch_generator(seed, "noise", k, block)
@@ -52,10 +54,23 @@ class Jacobi(Solver):
         stop = self.model.config.stop_at_converged
         if k > 1 and stop is not None and self._share(disk, k - 1) >= stop:
             return
+        pace = self.pace = self.pace or self._start_pace()
+        pace.begin(disk, k, j)
         if k == 0:
-            write_first_sweep(self.model, disk, j)
-        else:
-            yield from self._sweep(disk, k, j, batch.step)
+            write_first_sweep(self.model, disk, j, pace.advance)
+        for loss in self._sweep(disk, k, j, batch.step) if k else ():
+            yield loss
+            pace.advance(self.model.config.micro_tokens, 1 - 1 / pace.learning)
+        pace.end(disk, k, j)
+
+    def _start_pace(self) -> Pace:
+        learning = KEPT if self._keeps(self.stream_rows) else TWICE
+        return Pace(self.model.config.get("sweeps"), learning)
+
+    def _keeps(self, tokens: int) -> bool:
+        """Whether the graphs of so many tokens fit the budget."""
+        needed = tokens * activation_bytes(self.model.config, self.model.weights())
+        return needed <= self.model.activation_bytes
 
     def _share(self, disk: Sweeps, k: int) -> float:
         """Share of tokens that had converged in sweep k; 1 when it was left out itself."""
@@ -109,6 +124,8 @@ class Jacobi(Solver):
             nonlocal converged
             rows = terms.c.detach()
             writer.put(rows)
+            if self.pace is not None:
+                self.pace.advance(len(rows), 1 / self.pace.learning)
             assert terms.moved is not None
             converged += int((terms.moved < config.converged_mse * config.d).sum())
             sample.append(probes.sample_rows(rows, max(1, round(share * len(rows)))))
@@ -130,10 +147,8 @@ class Jacobi(Solver):
             disk.forget(k - 1, j)
             self.numbers = objective.numbers
 
-        keeps = (stop - start) * activation_bytes(config, weights) <= model.activation_bytes
-        yield from two_pass(
-            run, objective, keeps=keeps, seen=seen, commit=commit, last=handed(tables, hand_on)
-        )
+        keeps, last = self._keeps(stop - start), handed(tables, hand_on)
+        yield from two_pass(run, objective, keeps=keeps, seen=seen, commit=commit, last=last)
 
     def _before(self, disk: Sweeps, k: int, j: int) -> Tensor:
         """The vector before the chunk: what this sweep wrote last; for the first token the wrap."""
@@ -191,23 +206,30 @@ class Jacobi(Solver):
         return self.state.statistics()
 
     def log_scalars(self) -> dict[str, float]:
-        """The terms of the last step and what its chunk was measured by."""
-        line = self.state.disk.lines.get(self.place, {}) if self.state.disk else {}
-        terms = self.numbers.terms()
-        return terms | {k: v for k, v in line.items() if k not in ("crc32", *terms)}
+        """The terms of the last step, what its chunk was measured by, and its pace."""
+        line = self.state.disk.lines.get(self.place) if self.state.disk else None
+        if line is None or self.pace is None:  # before the first step, or converged before it
+            return {}
+        terms = self.numbers.terms() if self.place[0] else {}
+        measured = {k: v for k, v in line.items() if k not in ("crc32", *terms)}
+        return terms | measured | self.pace.numbers
 
     def progress(self) -> str | None:
         """The guide's five lines and ours (cvfp.md 13)."""
         disk, n, d = self.state.disk, self.log_scalars(), self.model.config.d
-        if disk is None:
+        if disk is None or self.pace is None or not n:
             return None
         (sweep, chunk), (start, stop) = self.place, disk.span(self.place[1])
-        return "\n".join([
+        lines = [
             f"Iteration {sweep + 1}/{self.model.config.get('sweeps')}",
             f"Processing chunk {chunk + 1}/{disk.chunks}: {start}-{stop}",
             f"  Effective Rank: {100 * n['er_seed'] / d:.1f}% ({n['er_seed']:.0f}/{d})",
-            f"  CVFP Loss: {n['fixed_point']:.4f}",
-            f"  Diversity Loss: {n['diversity']:.4f}",
-            f"  Converged: {100 * n['converged']:.1f}% | rank centred {100 * n['er'] / d:.1f}% | "
-            f"rho {n['rho']:.2f}",
-        ])  # fmt: skip
+        ]
+        rest = f"rank centred {100 * n['er'] / d:.1f}% | rho {n['rho']:.2f}"
+        if sweep:  # the first sweep learns nothing, so has no losses
+            lines += [
+                f"  CVFP Loss: {n['fixed_point']:.4f}",
+                f"  Diversity Loss: {n['diversity']:.4f}",
+            ]
+            rest = f"Converged: {100 * n['converged']:.1f}% | {rest}"
+        return "\n".join([*lines, f"  {rest}", self.pace.line(disk.folder)])

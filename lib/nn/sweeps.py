@@ -153,6 +153,11 @@ class Sweeps:
         self._journal.sync()
         self._take(line)
 
+    def moved_bytes(self) -> tuple[int, int]:
+        """(read, written) by this process so far."""
+        files = self._files
+        return sum(f.read_bytes for f in files), sum(f.written_bytes for f in files)
+
     def forget(self, sweep: int, chunk: int) -> None:
         """The system need not keep the chunk's pages."""
         start, stop = self.span(chunk)

@@ -16,7 +16,7 @@ from lib.core.errors import InputError, UserError
 from lib.core.refusal import Refused
 from lib.models import cvfp
 from lib.models.base import build
-from lib.nn import handover
+from lib.nn import handover, pace
 from lib.nn.context import trajectory
 from lib.nn.probes import apply_jacobian
 from tests import golden
@@ -269,15 +269,36 @@ def test_progress_has_the_five_lines_of_the_guide(tmp_path, monkeypatch):
     model = small(tmp_path)
     run_steps(model, range(7))
     lines = model.progress().splitlines()
+    assert model.log_scalars()["chunk_s"] > 0
+    first = small(tmp_path, "first")
+    run_steps(first, range(1))
+    assert "Loss" not in first.progress(), "the first sweep learns nothing"
     for pattern, line in zip(
         (
             r"Iteration 2/4", r"Processing chunk 3/4: 200-300",
             r"  Effective Rank: \d+\.\d% \(\d/8\)", r"  CVFP Loss: \d\.\d{4}",
             r"  Diversity Loss: -?\d\.\d{4}", r"  Converged: \d+\.\d% \| rank centred .*",
+            r"  [\d,]+ tok/s \| read [\d,]+ MB/s, write [\d,]+ MB/s \| memory \d\.\d GB \| "
+            r"free [\d,]+ GB \| chunk [\d.]+ s, iteration [\d.]+ s, all [\d.]+ s left",
         ),
         lines, strict=True,
     ):  # fmt: skip
         assert re.fullmatch(pattern, line), line
+
+
+def test_what_is_left_is_told_in_passes_over_tokens(tmp_path, monkeypatch):
+    """4 sweeps of 4 chunks: after the first one 3 passes and 12 learning chunks are left."""
+    monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path))
+    model = small(tmp_path)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(pace.time, "monotonic", lambda: float(next(clock)))
+    run_steps(model, range(1))
+    n = model.log_scalars()
+    assert n["chunk_s"] == 10 and n["sweep_s"] == 40
+    assert n["left_s"] == pytest.approx(30 + 120 * pace.KEPT)
+    assert n["written_bytes_per_s"] == 100 * 8 * 2 / 10
+    run_steps(model, range(1, 16))
+    assert model.log_scalars()["left_s"] == 0
 
 
 def test_sweeps_end_where_enough_tokens_have_converged(tmp_path, monkeypatch):
