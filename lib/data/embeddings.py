@@ -360,6 +360,7 @@ class Embeddings:
     def __init__(self, folder: Path, manifest: Manifest, store: TokenStore) -> None:
         self.store, self.manifest = store, manifest
         about = manifest.counts
+        self.key = manifest.key
         self.tokens, self.width, self.dtype = about["tokens"], about["width"], about["dtype"]
         self.reset_id = store.bos_id if store.boundary in ("bos", "both") else None
         self.has_rows = about["mode"] == "memmap"
@@ -430,11 +431,14 @@ class Embeddings:
         for raw in self._rows.stream(start, stop, rows):
             yield torch.from_numpy(decode(raw, self.dtype))
 
+    def positions(self, numbers: Any) -> np.ndarray:
+        """Where the inputs of packed rows `numbers` lie in the train split, (B, T); -1: nowhere."""
+        return np.stack([self.store.row_positions(n)[:-1] for n in np.asarray(numbers).tolist()])
+
     def packed(self, numbers: Any) -> Tensor:
         """Vectors of the inputs of packed rows `numbers` (B,): (B, T, e) fp32."""
         found = torch.empty(len(numbers), self.store.context, self.width)
-        for row, number in zip(found, np.asarray(numbers).tolist(), strict=True):
-            at = self.store.row_positions(number)[:-1]
+        for row, at in zip(found, self.positions(numbers), strict=True):
             cuts = np.flatnonzero(np.diff(at) != 1) + 1
             for piece in np.split(np.arange(len(at)), cuts):
                 first = int(at[piece[0]])

@@ -31,6 +31,7 @@ from lib.nn.exact import Exact
 from lib.nn.handover import take_phase1
 from lib.nn.jacobi import Jacobi
 from lib.nn.solver import Solver
+from lib.nn.stream_contexts import StreamContexts
 
 __all__ = ["Config", "Model", "controls", "starts_from_weights", "verdict"]
 
@@ -198,6 +199,8 @@ class Model(Family):
             self.memory_head.extend(nn.Linear(d, e, bias=False) for _ in heads)
             self.solver = (Jacobi if get("solver") == "jacobi" else Exact)(self)
             return
+        if config.given == "context" and get("reset") == "never" and not get("train_context"):
+            self.solver = StreamContexts(self)
         width = self._given_width()
         self.token_block.extend(Layer(e, width + e, dtype=dtype) for _ in range(config.layers))
         self.head = nn.Linear(e, vocab_size) if get("head") == "untied" else TiedHead(e, vocab_size)
@@ -210,9 +213,13 @@ class Model(Family):
     # ------------------------------------------------------------ tokens and contexts
 
     @property
-    def inputs(self) -> Literal["tokens", "embeddings"]:  # type: ignore[override]  # by what was opened
-        """Rows are read where the artefact holds a row for each token."""
-        return "embeddings" if self.source is not None and self.source.has_rows else "tokens"
+    def inputs(self) -> Literal["tokens", "embeddings", "contexts"]:  # type: ignore[override]  # by what was opened
+        """Rows are read where the artefact holds one for each token, or contexts are frozen."""
+        if self.source is None:
+            return "tokens"
+        if isinstance(self.solver, StreamContexts):
+            return "contexts"
+        return "embeddings" if self.source.has_rows else "tokens"
 
     def read_from(self, source: Any) -> None:
         """Take the table and the reset id of an embeddings artefact, and read from it."""
@@ -229,7 +236,10 @@ class Model(Family):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token vectors (..., e): the one way from ids to vectors, in both phases."""
-        e = F.embedding(tokens, self.embedding.weight)
+        return self.seen(F.embedding(tokens, self.embedding.weight))
+
+    def seen(self, e: Tensor) -> Tensor:
+        """Vectors as this phase sees them; the original's second one normed them again."""
         if self.predicts and "ln_skew" in self.config.seed_defects:
             return F.layer_norm(e, e.shape[-1:], eps=EPS)
         return e
@@ -254,9 +264,12 @@ class Model(Family):
         return torch.cat((e, *earlier), -1), after
 
     def given(
-        self, e: Tensor, keep: Tensor | None, state: Mapping[str, Any]
+        self, e: Tensor, keep: Tensor | None, state: Mapping[str, Any], before: Tensor | None = None
     ) -> tuple[list[Tensor], dict[str, Any]]:
-        """z of every layer of the token block, L or 1 of (T, B, width), and the new state."""
+        """z of every layer of the token block, L or 1 of (T, B, width), and the new state.
+
+        before (T, B, d): the true c_{t-1} where they are known, so that nothing is stepped over.
+        """
         config, B = self.config, e.shape[1]
         if config.given == "none":
             return [e[..., :0]], {}
@@ -271,7 +284,12 @@ class Model(Family):
         u, tokens = self.inputs_of(e, keep, state.get("tokens"))
         weights = self.weights()
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.get("train_context")):
-            Z = trajectory(c, weights.token_side(u), weights, keep)
+            P = weights.token_side(u)
+            if before is None:
+                Z = trajectory(c, P, weights, keep)
+            else:  # every token is a row of one step
+                flat = [p.flatten(0, 1)[None] for p in P]
+                Z = [z.view_as(before) for z in trajectory(before.flatten(0, 1), flat, weights)]
         p = config.get("history")
         last = state.get("contexts") or (e.new_zeros(B, config.d),) * p
         earlier, contexts = shifts(Z[-1], keep, last)
@@ -291,13 +309,17 @@ class Model(Family):
         return torch.stack(found)
 
     def hidden(
-        self, tokens: Tensor, state: Mapping[str, Any] | None = None, e: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: Mapping[str, Any] | None = None,
+        e: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """tokens (B, T) -> h^K (B, T, e) and the state that continues the rows."""
         tokens = tokens.t()
         e = self.embed(tokens) if e is None else e.transpose(0, 1)
         keep = self.keep_of(tokens)
-        Z, after = self.given(e, keep, state or {})
+        Z, after = self.given(e, keep, state or {}, before)
         h = e
         for number, layer in enumerate(self.token_block):
             assert isinstance(layer, Layer)
@@ -330,11 +352,20 @@ class Model(Family):
         if self.learns_contexts:
             yield from self.solver.losses(batch)
             return
-        e = None
-        if self.inputs == "embeddings" and batch.rows is not None:
-            e = self.source.packed(batch.rows).to(batch.tokens.device)
-        losses = self._cross_entropy(batch.tokens, batch.targets, "mean", e)
+        e, before = self._read(batch)
+        losses = self._cross_entropy(batch.tokens, batch.targets, "mean", e, before)
         yield losses
+
+    def _read(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Token vectors (B, T, e) and the contexts before (T, B, d), where they lie on disk."""
+        if self.inputs == "tokens" or batch.rows is None:
+            return None, None
+        e = before = None
+        if self.source.has_rows:
+            e = self.seen(self.source.packed(batch.rows)).to(batch.tokens.device)
+        if isinstance(self.solver, StreamContexts):
+            before = self.solver.before(batch.rows).to(batch.tokens.device)
+        return e, before
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy by position (B, T); ln V everywhere while there is no head."""
@@ -343,9 +374,14 @@ class Model(Family):
         return self._cross_entropy(tokens, targets, "none")
 
     def _cross_entropy(
-        self, tokens: Tensor, targets: Tensor, reduction: Any, e: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        reduction: Any,
+        e: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
-        weight, bias, h = self._head(self.hidden(tokens, e=e)[0])
+        weight, bias, h = self._head(self.hidden(tokens, e=e, before=before)[0])
         # The operator knows no bias: one more column of ones.
         h = torch.cat((h, torch.ones_like(h[..., :1])), -1)
         whole = torch.cat((weight, bias[:, None]), 1)

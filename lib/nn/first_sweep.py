@@ -96,7 +96,10 @@ def inputs_of_stream(model: Learner, start: int, stop: int) -> Tensor:
     assert source is not None
     before = min(start, model.config.get("input_tokens") - 1)
     first = start - before
-    e = source.rows(first, stop) if source.has_rows else model.embed(source.ids(first, stop))
+    if source.has_rows:
+        e = model.seen(source.rows(first, stop))
+    else:
+        e = model.embed(source.ids(first, stop))
     keep = None
     if model.config.get("reset") == "document":
         keep = (~source.starts(first, stop)).to(e.dtype)[:, None]

@@ -28,6 +28,7 @@ from lib.nn.diversity import Diversity, random_directions
 class Source(Protocol):
     """The training tokens as one stream, and their vectors where they lie on disk."""
 
+    key: str  # of the artefact
     tokens: int  # N
     has_rows: bool  # vectors are read, not looked up
 
@@ -35,6 +36,7 @@ class Source(Protocol):
     def starts(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n,) a document begins
     def rows(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n, e) fp32
     def stream(self, start: int, stop: int, rows: int) -> Iterator[Tensor]: ...  # noqa: D102
+    def positions(self, numbers: Any) -> Any: ...  # noqa: D102  (B, T) int64, -1: none of its own
     def packed(self, numbers: Any) -> Tensor: ...  # noqa: D102  (B, T, e) of packed rows
 
 
@@ -48,6 +50,7 @@ class Learner(Protocol):
     memory_head: nn.ModuleList
 
     def weights(self) -> Weights: ...  # noqa: D102
+    def seen(self, e: Tensor) -> Tensor: ...  # noqa: D102
     def embed(self, tokens: Tensor) -> Tensor: ...  # noqa: D102
     def keep_of(self, tokens: Tensor) -> Tensor | None: ...  # noqa: D102
     def inputs_of(self, e: Tensor, keep: Tensor | None) -> tuple[Tensor, list[Tensor]]: ...  # noqa: D102

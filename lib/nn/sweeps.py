@@ -109,14 +109,20 @@ class Sweeps:
 
     def row(self, sweep: int, token: int) -> Tensor:
         """The stored vector (d,) of one token."""
-        chunk = token // self.chunk_tokens
-        self.require(sweep, chunk)
-        return self._row(sweep, token)
+        return self.rows(sweep, token, token + 1)[0]
 
-    def _row(self, sweep: int, token: int) -> Tensor:
-        chunk, at = divmod(token, self.chunk_tokens)
-        file, first = self._place(sweep, chunk)
-        return widen(file.read(first + at, first + at + 1), self.dtype)[0]
+    def rows(self, sweep: int, start: int, stop: int) -> Tensor:
+        """The stored vectors of tokens [start, stop), (n, d)."""
+        parts = [torch.empty(0, self.width)]
+        while start < stop:
+            chunk = start // self.chunk_tokens
+            self.require(sweep, chunk)
+            last = min(stop, self.span(chunk)[1])
+            (file, first), before = self._place(sweep, chunk), self.span(chunk)[0]
+            raw = file.read(first + start - before, first + last - before)
+            parts.append(widen(raw, self.dtype))
+            start = last
+        return torch.cat(parts)
 
     def last_written(self, sweep: int, chunk: int) -> Tensor:
         """The row that this sweep wrote last before `chunk`."""

@@ -73,6 +73,7 @@ def _one(job: Job, module: ModuleType, arm: str, config: Any, number: int) -> di
         **look_inside(own),
     }
     files.write_json(folder / RESULT, result)
+    model.finish()
     for path in [*folder.glob("step_*"), folder / "best"]:
         files.remove_tree(path)
     return result

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class Stream:
     def __init__(
         self, ids: Tensor, table: Tensor, reset_id: int | None = None, reads: bool = False
     ):
-        self._ids, self._table = ids, table
+        self._ids, self._table, self.key, self.context = ids, table, "stream", 10
         self.tokens, self.reset_id, self.has_rows = len(ids), reset_id, reads
 
     def table(self) -> Tensor:
@@ -38,8 +39,12 @@ class Stream:
     def stream(self, start: int, stop: int, rows: int) -> Iterator[Tensor]:
         return iter(self.rows(start, stop).split(rows))
 
+    def positions(self, numbers: Any) -> np.ndarray:
+        """Row n is tokens [10 n, 10 n + 10)."""
+        return np.asarray(numbers)[:, None] * self.context + np.arange(self.context)
+
     def packed(self, numbers: Any) -> Tensor:
-        raise AssertionError("no packed rows here")
+        return self._table[self._ids[torch.from_numpy(self.positions(numbers))]]
 
 
 def make(stream: Stream, folder: Path, seed: int = 1, dtype=torch.float64, **config: Any) -> Any:

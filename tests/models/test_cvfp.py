@@ -16,7 +16,7 @@ from lib.core.errors import InputError, UserError
 from lib.core.refusal import Refused
 from lib.models import cvfp
 from lib.models.base import build
-from lib.nn import handover, pace
+from lib.nn import handover, pace, stream_contexts
 from lib.nn.context import trajectory
 from lib.nn.probes import apply_jacobian
 from tests import golden
@@ -339,6 +339,50 @@ def test_the_second_phase_begins_with_the_first(tmp_path):
         predictor(zipf(500, 30, 8, seed=5, dtype=torch.float32)).load_phase1(tmp_path)
     with pytest.raises(UserError, match="do not fit"):
         build(cvfp, cvfp.Config(width=8, depth=3), 30, seed=9).load_phase1(tmp_path)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_frozen_contexts_of_one_stream_come_from_disk(reads, tmp_path, monkeypatch):
+    """Rows begin in mid-stream with the state that the stream has there, not with 0."""
+    monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(stream_contexts, "CHUNK_TOKENS", 37)
+    stream = zipf(200, 30, 8, reads=reads)
+    config = cvfp.Config(width=8, depth=2, reset="never", train_context=False,
+                         store_dtype="float64", keep_contexts=True)  # fmt: skip
+
+    def fresh():
+        model = build(cvfp, config, 30, seed=9).double()
+        model.read_from(stream)
+        return model
+
+    model, rows = fresh(), np.array([7, 0, 3])
+    assert model.inputs == "contexts" and model.reads_rows()
+    ids = stream.ids(0, 200)
+    whole = model.hidden(ids[None])[0][0]
+    tokens = torch.stack([ids[10 * n : 10 * n + 10] for n in rows])
+    batch = SimpleNamespace(tokens=tokens, targets=tokens, step=0, rows=rows)
+    e, before = model._read(batch)
+    found = model.hidden(tokens, e=e, before=before)[0]
+    for row, n in zip(found, rows, strict=True):
+        assert (row - whole[10 * n : 10 * n + 10]).abs().max() < 1e-5, "halo repairs to 1e-6"
+    cold = model.hidden(tokens)[0]
+    assert (cold[0] - found[0]).abs().max() > 1e-3, "a row alone begins with 0"
+    place = next((tmp_path / "contexts").iterdir())
+    kept, journal = (place / "context_slots.npy").read_bytes(), place / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:3]))  # killed in the fourth chunk of six
+    fresh()._read(batch)
+    assert (place / "context_slots.npy").read_bytes() == kept
+    assert journal.read_bytes() == b"".join(lines)
+
+
+def test_rows_that_are_no_part_of_the_stream_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path))
+    stream = zipf(200, 30, 8, dtype=torch.float32)
+    model = predictor(stream, reset="never", train_context=False)
+    monkeypatch.setattr(stream, "positions", lambda rows: np.full((len(rows), 10), -1))
+    with pytest.raises(UserError, match="no part of the stream"):
+        model.solver.before(np.array([4]))
 
 
 @pytest.mark.parametrize("learns", [True, False])
