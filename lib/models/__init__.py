@@ -1,6 +1,7 @@
 """The families: one file each, found by listing this folder; there is no registry.
 
-Importing this package imports no family and no torch.
+Importing this package imports no family and no torch. A file named _<family>_<part> is a part of
+that family, moved out so that its model reads like a page.
 """
 
 from __future__ import annotations

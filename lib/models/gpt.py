@@ -10,7 +10,6 @@ H heads, K kv heads, D = d / H head width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +22,17 @@ from torch.nn import functional as F
 from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
-from lib.kernels.relu2_mlp import relu2_mlp
+from lib.models._gpt_accounts import (
+    SMEAR_INPUTS,
+    decode_flops,
+    kv_bytes_per_token,
+    reference_params,
+    scaling_params,
+    training_flops,
+)
+from lib.models._gpt_block import Block
+from lib.models._gpt_native import native
+from lib.models._gpt_training import RATIO, initial, param_groups
 from lib.models.base import (
     Batch,
     Defaults,
@@ -34,13 +43,10 @@ from lib.models.base import (
     ReadWeights,
     require_same,
 )
-from lib.nn.attention import causal_attention, choose_engine
+from lib.nn.attention import choose_engine
 from lib.nn.linear import Linear, Table, require_fp8
-from lib.nn.norm import EPS, rms_norm
-from lib.nn.rope import Tables, rope_tables, rotate
-
-GATE_INPUTS = 12  # channels of the normed input that a value gate reads
-SMEAR_INPUTS = 24  # channels of the embedding that the smear gate reads
+from lib.nn.norm import rms_norm
+from lib.nn.rope import rope_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,44 +208,6 @@ class Config:
         return {name: value for name, value in found.items() if name not in said | training}
 
 
-# ---------------------------------------------------------------- scaling, pure
-
-
-REFERENCE_BATCH = 2**19  # tokens of a step at which rates and decay were tuned, on depth 12
-
-
-def scaling_params(config: Config, vocab_size: int) -> int:
-    """P of tokens per parameter: all of base; block matrices, gates and head of modern."""
-    (d, H, K), L, rows = config.shape, config.depth, config.padded(vocab_size)
-    kv = K * d // H  # K D
-    blocks = L * (2 * d * d + 2 * d * kv + 2 * config.mlp_ratio * d * d)
-    tables, gates = len(config.value_layers()), min(GATE_INPUTS, d) * K
-    if config.switches.optim == "modern":
-        return blocks + tables * gates + rows * d
-    s = config.switches
-    scalars = 2 * L * s.resid_mix + s.smear * (min(SMEAR_INPUTS, d) + 1) + s.backout
-    return blocks + tables * (gates + rows * kv) + 2 * rows * d + scalars
-
-
-def reference_params(config: Config, vocab_size: int) -> int:
-    """`scaling_params` of depth 12 with the same switches and vocabulary."""
-    geometry = {f.name: f.default for f in fields(Config) if f.name in ("aspect_ratio", "head_dim")}
-    d12 = replace(config, depth=12, width=None, heads=None, kv_heads=None, **geometry)
-    return scaling_params(d12, vocab_size)
-
-
-def batch_factor(batch_tokens: int) -> float:
-    """eta = sqrt(batch / 2^19) in [0.25, 2]: rates follow the batch, yet a toy still learns."""
-    return min(2.0, max(0.25, math.sqrt(batch_tokens / REFERENCE_BATCH)))
-
-
-def muon_decay(batch_tokens: int, tokens: float, reference_tokens: float) -> float:
-    """0.28 sqrt(batch / 2^19) D_ref / D in [0, 0.6] (arXiv 2405.13698); D tokens really trained."""
-    return min(
-        0.6, 0.28 * math.sqrt(batch_tokens / REFERENCE_BATCH) * reference_tokens / max(tokens, 1)
-    )
-
-
 # ---------------------------------------------------------------- the model
 
 
@@ -250,65 +218,6 @@ class State(NamedTuple):
     last: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-
-
-class Attention(nn.Module):
-    """RoPE, then QK-norm, then causal softmax within the layer's window; no biases."""
-
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        d, self.heads, self.kv_heads = config.shape
-        kv = self.kv_heads * d // self.heads
-        self.window = config.layer_windows()[layer]
-        # g q . g k / sqrt(D): the factor of both after their norm is one factor of the scores.
-        self.scale = config.switches.qk_scale**2 / math.sqrt(d // self.heads)
-        self.q, self.k = Linear(d, d, fp8=config.fp8), Linear(d, kv, fp8=config.fp8)
-        self.v, self.o = Linear(d, kv, fp8=config.fp8), Linear(d, d, fp8=config.fp8)
-        gated = layer in config.value_layers()
-        self.gate = Linear(min(GATE_INPUTS, d), self.kv_heads) if gated else None
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tables,
-        table: Tensor | None,
-        past: tuple[Tensor, Tensor] | None,
-        engine: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """normed x (B, n, d), value embeddings (B, n, K D) -> output, and all k, v so far."""
-        K = self.kv_heads
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
-        k = self.k(x).unflatten(-1, (K, -1)).transpose(1, 2)  # (B, K, n, D)
-        v = self.v(x).unflatten(-1, (K, -1)).transpose(1, 2)
-        if self.gate is not None and table is not None:
-            gates = 3 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))  # (B, n, K)
-            extra = gates[..., None] * table.unflatten(-1, (K, -1))
-            v = (v + extra.transpose(1, 2)).to(v.dtype)
-        q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k, rope))
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        out = causal_attention(q, k, v, window=self.window, scale=self.scale, engine=engine)
-        return self.o(out.transpose(1, 2).flatten(2)), k, v
-
-
-class Block(nn.Module):
-    """x + attention, then x + MLP with relu^2, each on the normed x."""
-
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        d = config.shape[0]
-        self.attn = Attention(config, layer)
-        self.up = Linear(d, config.mlp_ratio * d, fp8=config.fp8)
-        self.down = Linear(config.mlp_ratio * d, d, fp8=config.fp8)
-
-    def forward(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, n, d) -> the same, and k, v; context: the other arguments of Attention."""
-        out, k, v = self.attn(rms_norm(x), *context)
-        x = x + out
-        h = rms_norm(x)
-        if self.up.fp8 or self.down.fp8:
-            return x + self.down(F.relu(self.up(h)).square()), k, v
-        return x + relu2_mlp(h, self.up.weight, self.down.weight), k, v
 
 
 class Model(Family):
@@ -477,41 +386,8 @@ class Model(Family):
         super().take_weights(config, read)
 
     def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
-        """Section 4 of the family's page: the table of first values, by parameter name."""
-
-        def normal(std: float) -> Tensor:
-            return torch.empty(shape).normal_(0, std, generator=draw)
-
-        def uniform(low: float, high: float) -> Tensor:
-            return torch.empty(shape).uniform_(low, high, generator=draw)
-
-        modern, L = self.switches.init == "modern", self.config.depth
-        slope = torch.arange(L) / max(L - 1, 1)
-        a = math.sqrt(3 / self.config.shape[0])
-        kind = name.removesuffix(".weight").split(".")[-1]
-        if kind in ("o", "down") or (kind == "head" and not modern):
-            return torch.zeros(shape)
-        if name.startswith("value_tables"):
-            return uniform(-a, a)
-        match kind:
-            case "resid":
-                return 1.15 - 0.10 * slope
-            case "skip":
-                return 0.20 - 0.15 * slope
-            case "smear_scale":
-                return torch.zeros(shape)
-            case "backout":
-                return torch.full(shape, 0.2)
-            case "gate" | "smear":
-                return uniform(0, 0.02)
-            case "wte":
-                return normal(0.8 if modern else 1.0)
-            case "head":
-                return normal(0.001)
-        if modern:
-            return uniform(-0.4 * a, 0.4 * a) if kind == "up" else uniform(-a, a)
-        out, inputs = shape
-        return normal(min(1.0, math.sqrt(out / inputs)) / math.sqrt(inputs))
+        """The era's table of first values."""
+        return initial(self.config, name, shape, draw)
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Move; UserError where fp8 or the attention engine asked for is not to be had there."""
@@ -532,14 +408,15 @@ class Model(Family):
 
     def defaults(self) -> Defaults:
         """The era's schedule, clipping and horizon."""
-        if self.switches.optim == "base":
-            return Defaults(schedule="base", grad_clip=1.0, param_data_ratio=20.0)
+        era = self.switches.optim
+        if era == "base":
+            return Defaults(schedule="base", grad_clip=1.0, param_data_ratio=RATIO[era])
         return Defaults(
-            schedule="modern", grad_clip=0.0, param_data_ratio=12.0, batch_tokens="auto"
+            schedule="modern", grad_clip=0.0, param_data_ratio=RATIO[era], batch_tokens="auto"
         )
 
     def scaling_params(self) -> int:
-        """Parameters that the horizon counts, `scaling_params` of this module."""
+        """Parameters that the horizon counts."""
         return scaling_params(self.config, self.vocab_size)
 
     def reference_params(self) -> int:
@@ -548,105 +425,20 @@ class Model(Family):
 
     def param_groups(self, optim: Optim) -> list[Group]:
         """The era's table; `lr`, `betas`, `eps`, `weight_decay` of `optim` have no part in it."""
-        modern = self.switches.optim == "modern"
-        eta = batch_factor(optim.batch_tokens) if modern else 1.0
-        m = (self.config.shape[0] / 768) ** -0.5
-        members: dict[str, dict[str, nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            members.setdefault(_group_of(name), {})[name] = parameter
-        # name: (lr, betas, weight decay); epsilon 1e-10 in all of them
-        table = {
-            "head": (0.004 * m, (0.8, 0.95), 0.0),
-            "wte": (0.2 * m, (0.8, 0.95), 0.0),
-            "value_tables": (0.15 * m * eta, (0.8, 0.995), 0.01),
-            "resid": (0.005 * eta, (0.8, 0.95), 0.05),
-            "skip": (0.5 * eta, (0.96, 0.95), 0.0),
-            "scalars": (0.2, (0.8, 0.95), 0.0),
-        }
-        if modern:
-            table["head"] = (0.008 * m * eta, (0.8, 0.96), 0.01)
-            table["wte"] = (0.3 * m * eta, (0.8, 0.995), 0.001)
-        groups = [
-            Group(
-                name=name, params=members[name], lr=lr, betas=betas, eps=1e-10, weight_decay=decay
-            )
-            for name, (lr, betas, decay) in table.items()
-            if name in members
-        ]
-        rule = self._normuon(optim, 0.02 * eta) if modern else {"rule": "muon", "lr": 0.02}
-        # The reference iterates in bf16, for its devices are fast at it; an fp32 run's is not.
-        bf16 = optim.compute_dtype == torch.bfloat16
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        matrices = members["matrices"]
-        return [*groups, Group(name="matrices", params=matrices, iteration_dtype=dtype, **rule)]
-
-    def _normuon(self, optim: Optim, lr: float) -> dict[str, Any]:
-        ratio = optim.param_data_ratio or self.defaults().param_data_ratio
-        tokens = float(optim.steps * optim.batch_tokens)
-        decay = muon_decay(optim.batch_tokens, tokens, ratio * self.reference_params())
-        return {"rule": "normuon", "lr": lr, "betas": (0.0, 0.9), "weight_decay": decay}
-
-    def _matmul_weights(self) -> int:
-        return sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
-
-    def _visible(self, T: int) -> int:
-        """Sum over layers of H D min(w, T)."""
-        d = self.config.shape[0]
-        return sum(d * min(w or T, T) for w in self.windows)
+        return param_groups(self.config, self.vocab_size, dict(self.named_parameters()), optim)
 
     def flops_per_token(self, T: int) -> int:
         """6 a weight, 12 a visible key channel; causality is not halved (arXiv 2204.02311)."""
-        return 6 * self._matmul_weights() + 12 * self._visible(T)
+        return training_flops(self.config, self.vocab_size, T)
 
     def decode_flops(self, n: int) -> int:
         """FLOPs of one new token after n others."""
-        return 2 * self._matmul_weights() + 4 * self._visible(n)
+        return decode_flops(self.config, self.vocab_size, n)
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes that one position adds to the state of a row (windowed layers stop growing)."""
-        d, H, K = self.config.shape
-        return 2 * self.config.depth * K * d // H * element_bytes
-
-    # ------------------------------------------------------------ export
+        return kv_bytes_per_token(self.config, element_bytes)
 
     def hf_native(self) -> Native:
         """transformers' nanochat class; UserError names the first switch that it has not."""
-        base, free = VARIANTS["base"], {"init", "optim", "vocab_pad"}  # no part of the forward
-        for name in (f.name for f in fields(Switches) if f.name not in free):
-            if (value := getattr(self.switches, name)) != getattr(base, name):
-                raise UserError(f"transformers' nanochat class has no {name}", value=value)
-        (d, H, K), V = self.config.shape, self.vocab_size
-        config = {
-            "architectures": ["NanoChatForCausalLM"],
-            "model_type": "nanochat",
-            "hidden_size": d,
-            "num_hidden_layers": self.config.depth,
-            "num_attention_heads": H,
-            "num_key_value_heads": K,
-            "intermediate_size": self.config.mlp_ratio * d,
-            "hidden_act": "relu2",
-            "max_position_embeddings": self.config.context,
-            "rms_norm_eps": EPS,
-            "rope_parameters": {"rope_type": "default", "rope_theta": base.rope_theta},
-            "final_logit_softcapping": base.softcap,
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-        }
-        theirs = {"wte.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
-        for i in range(self.config.depth):
-            ours, layer = f"blocks.{i}", f"model.layers.{i}"
-            for part in "qkvo":
-                theirs[f"{ours}.attn.{part}.weight"] = f"{layer}.self_attn.{part}_proj.weight"
-            theirs[f"{ours}.up.weight"] = f"{layer}.mlp.fc1.weight"
-            theirs[f"{ours}.down.weight"] = f"{layer}.mlp.fc2.weight"
-        names = {theirs[name]: name for name in self.state_dict()}
-        return Native(config=config, names=names, rows={"wte.weight": V, "head.weight": V})
-
-
-def _group_of(name: str) -> str:
-    """The row of the optimizer table that a parameter belongs to."""
-    if name.startswith("blocks."):
-        return "matrices"
-    if name in ("smear.weight", "smear_scale", "backout"):
-        return "scalars"
-    return name.split(".")[0]
+        return native(self.config, VARIANTS["base"], self.vocab_size, list(self.state_dict()))

@@ -14,6 +14,8 @@ from torch import Tensor
 from lib.core.errors import UserError
 from lib.core.refusal import Refused
 from lib.models import gpt
+from lib.models._gpt_accounts import reference_params, scaling_params
+from lib.models._gpt_training import batch_factor
 from lib.models.base import Optim, build
 from lib.models.gpt import Config, Model
 from lib.train.optim import Optimizer
@@ -124,7 +126,7 @@ def test_modern_batch_and_decay_have_the_values_of_their_table():
     log2 = {2: 17, 4: 18, 6: 18, 8: 18, 10: 19, 12: 19, 16: 19, 18: 20, 22: 20, 26: 20, 32: 21}
     for depth, want in log2.items():
         config = Config(variant="modern", depth=depth)
-        P, P_ref = (f(config, 32_768) for f in (gpt.scaling_params, gpt.reference_params))
+        P, P_ref = (f(config, 32_768) for f in (scaling_params, reference_params))
         assert auto_batch(12 * P, 12 * P_ref, 2_048) == 2**want, depth
     for depth, want in {8: 0.520, 12: 0.280, 20: 0.100, 24: 0.060, 2: 0.6}.items():
         model = meta(Config(variant="modern", depth=depth), 32_768)
@@ -133,7 +135,7 @@ def test_modern_batch_and_decay_have_the_values_of_their_table():
         groups = model.param_groups(Optim(batch_tokens=size, steps=int(tokens // size)))
         decay = next(g.weight_decay for g in groups if g.name == "matrices")
         assert decay == pytest.approx(want, abs=5e-4), depth
-    assert [gpt.batch_factor(b) for b in (512, 2**17, 2**19, 2**21, 2**30)] == [0.25, 0.5, 1, 2, 2]
+    assert [batch_factor(b) for b in (512, 2**17, 2**19, 2**21, 2**30)] == [0.25, 0.5, 1, 2, 2]
 
 
 def test_decoding_costs():
