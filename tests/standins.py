@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib.models.base import Family
+
 
 class ByteTokenizer:
     """Bytes are ids 0..255; 256 is bos, 257 eos. Lossless."""
@@ -45,7 +47,7 @@ class PairTokenizer(ByteTokenizer):
         return b"".join(bytes([i % 256]) * (1 + i // 256) for i in ids if i < 512)
 
 
-class Causal(nn.Module):
+class Causal(Family):
     """Logits from the whole row so far, in fp64: c_t = sum_(s <= t) (x_s + 1)(s + 7) mod 1009.
 
     z[t, v] = 3 sin(0.37 c_t + 0.11 v + 0.7 (v mod 5)). State: (sum, position), one per row.

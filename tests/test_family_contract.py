@@ -199,10 +199,12 @@ def test_logits_at_marked_positions_are_the_forwards(name, i):
     assert none.shape == (0, V)
     for rows in (1, 2):
         more = tokens[:1, 5:].expand(rows, -1)
-        again, _ = model.logits_at(more, torch.ones_like(more, dtype=torch.bool),
-                                   model.repeat_state(state, rows))  # fmt: skip
-        assert torch.allclose(again.view(rows, -1, V), whole[:1, 5:].expand(rows, -1, -1),
-                              atol=1e-5)  # fmt: skip
+        repeated, wanted = model.repeat_state(state, rows), whole[:1, 5:].expand(rows, -1, -1)
+        for keep, since in ((True, 0), (False, 0), (False, 2)):
+            where = torch.ones_like(more, dtype=torch.bool)
+            where[:, :since] = False
+            again, _ = model.logits_at(more, where, repeated, keep=keep)
+            assert torch.allclose(again.view(rows, -1, V), wanted[:, since:], atol=1e-5)
 
 
 @every_family

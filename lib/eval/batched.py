@@ -25,6 +25,7 @@ from lib.eval.bundle import Task
 from lib.eval.prompts import Example
 from lib.eval.reference import Answer, Scores
 from lib.eval.scorer import LOGIT_BYTES, ran_out_of_memory
+from lib.models.base import read_in_pieces
 
 # Padded tokens of a batch where nobody says otherwise. On a CPU short rows go by few, whose logits
 # stay in its caches; a long beginning by many, since a piece looks back at all before it.
@@ -43,8 +44,10 @@ class Model(Protocol):
         """Tokens (B, n) int64 -> logits (B, n, >= V), state."""
         ...
 
-    def logits_at(self, tokens: Tensor, where: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Logits (N, >= V) of the marked positions (B, n), state."""
+    def logits_at(
+        self, tokens: Tensor, where: Tensor, state: Any = None, keep: bool = True
+    ) -> tuple[Tensor, Any]:
+        """Logits (N, >= V) of the marked positions (B, n), state where `keep` asks for it."""
         ...
 
     def train(self, mode: bool = True) -> Any:
@@ -79,7 +82,6 @@ class Answerer:
         self.row_tokens = CPU_ROWS if on_cpu and not self.budget_tokens else None
         self.budget_tokens = self.budget_tokens or (CPU_TOKENS if on_cpu else DEVICE_TOKENS)
         self.share = self.share and hasattr(self.model, "repeat_state")
-        self.calls = 0  # of the model, for tests and benchmarks
 
     def __call__(
         self,
@@ -152,7 +154,7 @@ class Answerer:
             if made is None:
                 self._halve(len(batch), longest)
                 continue
-            for (example, j), logits in zip(batch, made[0], strict=True):
+            for (example, j), logits in zip(batch, made, strict=True):
                 yield example, j, self._score(task, example, j, logits)
             done += len(batch)
 
@@ -177,7 +179,7 @@ class Answerer:
                 self._halve(len(batch), example.longest)
                 most = max(1, len(batch) // 2)
                 continue
-            for j, rows in zip(batch, made[0], strict=True):
+            for j, rows in zip(batch, made, strict=True):
                 logits[j].append(rows)
             todo = todo[len(batch) :]
         joined = [torch.cat(logits[j] or [first[:0]]) for j in range(len(logits))]
@@ -185,41 +187,40 @@ class Answerer:
 
     def _beginning(self, ids: np.ndarray, longest: int) -> tuple[Tensor, Any]:
         """Logits (1, V) after `ids`, and the state; in pieces that keep to the budget."""
-        state, made = None, None
-        piece = max(1, min(self._budget(), LOGIT_BYTES // (4 * self.vocab_size)))
-        for start in range(0, len(ids), piece):
-            part = ids[start : start + piece]
-            is_last = start + piece >= len(ids)
-            made = self._run([part], [(len(part) - is_last, len(part))], state)
-            if made is None:
-                self._halve(1, longest)
-            assert made is not None
-            state = made[1]
-        assert made is not None, "a shared beginning has ids"
-        return made[0][0], state
+        tokens = torch.from_numpy(ids.astype(np.int64))[None].to(self.device)
+        made = self._guarded(lambda: read_in_pieces(self.model, tokens, piece=self._most_rows(1)))
+        if made is None:
+            self._halve(1, longest)
+        assert made is not None
+        return made[0][:, : self.vocab_size], made[1]
 
     # ------------------------------------------------------------ one call
 
     def _run(
         self, inputs: Sequence[np.ndarray], marks: Sequence[tuple[int, int]], state: Any
-    ) -> tuple[list[Tensor], Any] | None:
-        """Logits (N, V) of the marked positions of each row, and the state; None: no memory."""
+    ) -> list[Tensor] | None:
+        """Logits (N, V) of the marked positions of each row; None: no memory."""
         longest = max(map(len, inputs))
         tokens = np.zeros((len(inputs), longest), np.int64)  # padding is id 0, never looked at
         where = np.zeros((len(inputs), longest), bool)
         for row, (ids, (start, stop)) in enumerate(zip(inputs, marks, strict=True)):
             tokens[row, : len(ids)] = ids
             where[row, start:stop] = True
-        self.calls += 1
+        at = torch.from_numpy(where).to(self.device)
+        made = self._guarded(
+            lambda: self.model.logits_at(
+                torch.from_numpy(tokens).to(self.device), at, state, keep=False
+            )
+        )
+        if made is None:
+            return None
+        return list(made[0][:, : self.vocab_size].split(where.sum(axis=1).tolist()))
+
+    def _guarded(self, call: Callable[[], tuple[Tensor, Any]]) -> tuple[Tensor, Any] | None:
+        """What `call` gives, None where memory ran out."""
         try:
             with reference.evaluating(self.device, self.dtype):
-                made, state = self.model.logits_at(
-                    torch.from_numpy(tokens).to(self.device),
-                    torch.from_numpy(where).to(self.device),
-                    state,
-                )
-            sizes = where.sum(axis=1).tolist()
-            return list(made[:, : self.vocab_size].split(sizes)), state
+                return call()
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise

@@ -21,7 +21,7 @@ import numpy as np
 from lib.core.errors import InputError, UserError
 from lib.core.rng import numpy_generator
 
-PREFILL = 512  # prompt ids whose logits exist at once; only the last ones are wanted
+PREFILL = 512  # prompt ids that go in at once
 
 
 class Model(Protocol):
@@ -206,7 +206,9 @@ class Generation:
 
     def _prefill(self, torch: Any) -> tuple[np.ndarray, Any]:
         """Logits after the prompt for every row (n, V) fp64, and the state of all rows."""
-        ids, logits = torch.tensor([self.prompt], device=self.device), None
+        from lib.models.base import read_in_pieces  # torch comes with it
+
+        ids = torch.tensor([self.prompt], device=self.device)
         held, state = self.carried
         if (
             not self.cached
@@ -215,11 +217,10 @@ class Generation:
             or len(held) == len(self.prompt)
         ):
             held, state = (), None
-        step = PREFILL if self.cached else len(self.prompt)
-        for start in range(len(held), len(self.prompt), step):
-            piece = ids[:, start : start + PREFILL] if self.cached else ids
-            logits, state = self.model(piece, state)
-        assert logits is not None
+        if self.cached:
+            logits, state = read_in_pieces(self.model, ids[:, len(held) :], state, piece=PREFILL)
+        else:
+            logits = self.model(ids)[0][:, -1]
         n = len(self.rows)
         self.carried = (tuple(self.prompt), state)
         state = self.model.repeat_state(state, n) if self.cached and n > 1 else state
@@ -230,13 +231,13 @@ class Generation:
             tokens = torch.tensor(last, device=self.device)[:, None]
             logits, state = self.model(tokens, state)
             self.carried = ((*self.carried[0], last[0]), state)
-            return self._array(logits), state
+            return self._array(logits[:, -1]), state
         whole = [torch.tensor([[*self.prompt, *row.ids]], device=self.device) for row in self.rows]
-        return np.concatenate([self._array(self.model(ids)[0]) for ids in whole]), None
+        return np.concatenate([self._array(self.model(ids)[0][:, -1]) for ids in whole]), None
 
     def _array(self, logits: Any) -> np.ndarray:
-        """The last position's logits (rows, V) as fp64; InputError when they are not finite."""
-        z = logits[:, -1, : self.model.vocab_size].double().cpu().numpy()
+        """Logits (rows, >= V) as fp64 (rows, V); InputError when they are not finite."""
+        z = logits[:, : self.model.vocab_size].double().cpu().numpy()
         if np.isnan(z).any() or np.isposinf(z).any():
             position = len(self.prompt) + max(len(row.ids) for row in self.rows)
             raise InputError(

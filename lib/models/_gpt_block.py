@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lib.kernels.relu2_mlp import relu2_mlp
 from lib.models._gpt_accounts import GATE_INPUTS
-from lib.nn.attention import causal_attention
+from lib.nn.attention import attend_after_shared, causal_attention, continues_one_row
 from lib.nn.linear import Linear
 from lib.nn.norm import rms_norm
 from lib.nn.rope import Tables, rotate
@@ -45,20 +45,30 @@ class Attention(nn.Module):
         table: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
         engine: str,
+        since: int = 0,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """normed x (B, n, d), value embeddings (B, n, K D) -> output, and all k, v so far."""
+        """normed x (B, n, d), value embeddings (B, n, K D) -> output, and all k, v so far.
+
+        since: positions before it are looked at, but have no output. keep: False where nobody asks
+        for k and v.
+        """
         K = self.kv_heads
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
+        q = self.q(x[:, since:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
         k = self.k(x).unflatten(-1, (K, -1)).transpose(1, 2)  # (B, K, n, D)
         v = self.v(x).unflatten(-1, (K, -1)).transpose(1, 2)
         if self.gate is not None and table is not None:
             gates = 3 * torch.sigmoid(self.gate(x[..., : self.gate.weight.shape[1]]))  # (B, n, K)
             extra = gates[..., None] * table.unflatten(-1, (K, -1))
             v = (v + extra.transpose(1, 2)).to(v.dtype)
-        q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k, rope))
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        out = causal_attention(q, k, v, window=self.window, scale=self.scale, engine=engine)
+        cos, sin = rope
+        q, k = rms_norm(rotate(q, (cos[since:], sin[since:]))), rms_norm(rotate(k, rope))
+        if past is not None and not keep and continues_one_row(past[0], len(x)):
+            out = attend_after_shared(q, k, v, past, window=self.window, scale=self.scale)
+        else:
+            if past is not None:
+                k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+            out = causal_attention(q, k, v, window=self.window, scale=self.scale, engine=engine)
         return self.o(out.transpose(1, 2).flatten(2)), k, v
 
 
@@ -75,7 +85,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, n, d) -> the same, and k, v; context: the other arguments of Attention."""
         out, k, v = self.attn(rms_norm(x), *context)
-        x = x + out
+        x = x[:, -out.shape[1] :] + out
         h = rms_norm(x)
         if self.up.fp8 or self.down.fp8:
             return x + self.down(F.relu(self.up(h)).square()), k, v

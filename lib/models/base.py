@@ -142,10 +142,13 @@ class Family(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
-    def logits_at(self, tokens: Tensor, where: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def logits_at(
+        self, tokens: Tensor, where: Tensor, state: Any = None, keep: bool = True
+    ) -> tuple[Tensor, Any]:
         """Logits (N, V) of the N positions that `where` (B, n) bool marks, in row order; the state.
 
-        A family with a large head overrides it, so that no other logits are computed.
+        keep: False where nobody goes on from it; then it may be anything. A family with a large
+        head overrides this, so that no other logits are computed.
         """
         logits, state = self(tokens, state)
         return logits[where], state
@@ -372,6 +375,23 @@ def require_same(
         raise UserError(
             "weights of another model", value="; ".join(told), remedy="make the keys equal"
         )
+
+
+def read_in_pieces(
+    model: Any, tokens: Tensor, state: Any = None, *, piece: int
+) -> tuple[Tensor, Any]:
+    """Logits (1, V) after the last of tokens (1, n), and the state; `piece` ids go in at a time.
+
+    So a long beginning costs the memory of a short one, and no logits but those asked for.
+    """
+    n, logits = tokens.shape[1], None
+    for start in range(0, n, piece):
+        part = tokens[:, start : start + piece]
+        where = torch.zeros_like(part, dtype=torch.bool)
+        where[:, -1] = start + piece >= n
+        logits, state = model.logits_at(part, where, state)
+    assert logits is not None, "there is no id to read"
+    return logits, state
 
 
 def build(

@@ -253,10 +253,12 @@ class Model(Family):
         state: State | None = None,
         keep: bool = False,
         unit: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+        since: int = 0,
     ) -> tuple[Tensor, State | None]:
         """tokens (B, n) -> the final normed x (B, n, d), and the state where `keep` asks for it.
 
-        unit(i): inside it block i has its weights.
+        unit(i): inside it block i has its weights. since: x begins there; of positions before it
+        the last block makes only what others look at, a sixth of its products.
         """
         s, n, start = self.switches, tokens.shape[1], state.position if state else 0
         dtype, wide = self._dtypes(tokens.device)
@@ -269,15 +271,16 @@ class Model(Family):
                 x = self.resid[i] * x + self.skip[i] * x0
             table = self.value_tables[str(i)](tokens) if str(i) in self.value_tables else None
             past = (state.keys[i], state.values[i]) if state else None
+            wanted = since if i == len(self.blocks) - 1 else 0
             with unit(i):
-                x, k, v = self.run_block(block, x, rope, table, past, self.attention)
+                x, k, v = self.run_block(block, x, rope, table, past, self.attention, wanted, keep)
             if keep:  # a windowed layer never looks back further than its window
                 reach = self.windows[i] or k.shape[2]
                 keys.append(k[:, :, -reach:])
                 values.append(v[:, :, -reach:])
             if i == self.config.depth // 2:
                 middle = x
-        x = rms_norm(x - self.backout * middle if s.backout else x)
+        x = rms_norm(x - self.backout * middle[:, -x.shape[1] :] if s.backout else x)
         kept = State(start + n, e[:, -1:], tuple(keys), tuple(values)) if keep else None
         return x, kept
 
@@ -301,12 +304,14 @@ class Model(Family):
             return self._logits(x), kept
 
     def logits_at(
-        self, tokens: Tensor, where: Tensor, state: State | None = None
+        self, tokens: Tensor, where: Tensor, state: State | None = None, keep: bool = True
     ) -> tuple[Tensor, State | None]:
-        """Logits (N, V) of the marked positions (B, n) alone, and the state."""
+        """Logits (N, V) of the marked positions (B, n) alone, and the state where `keep` says."""
+        marked = where.any(dim=0).nonzero()
+        since = int(marked[0]) if len(marked) else tokens.shape[1] - 1
         with self.in_place() as unit:
-            x, kept = self.hidden(tokens, state, keep=True, unit=unit)
-            return self._logits(x[where]), kept
+            x, kept = self.hidden(tokens, state, keep=keep, unit=unit, since=since)
+            return self._logits(x[where[:, since:]]), kept
 
     def repeat_state(self, state: State, n: int) -> State:
         """Views of row 0: nothing here writes into a state."""

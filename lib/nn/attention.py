@@ -47,6 +47,45 @@ def causal_attention(
     return _blocks(q, k, v, window, scale)
 
 
+def continues_one_row(past: Tensor, rows: int) -> bool:
+    """Whether `rows` rows continue the same one, by keys that are one row seen many times."""
+    return rows > 1 and past.stride(0) == 0 and past.dtype not in HALF
+
+
+def attend_after_shared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor],
+    *,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """`causal_attention` over keys cat(past, k), the past being one row's for all: no copies.
+
+    k, v (B, K, m, D) of the rows' own newest positions, the last n of them the queries'; past
+    (.., K, s, D), fp32: half precision would round scores before the softmax. The queries of all
+    rows meet the past in one product: four rows of 46 ids after 1,308 take 0.68 of the time of
+    copies (GPT of 4 layers, width 256, one CPU thread).
+    """
+    (B, H, n, _), (K, m), s = q.shape, k.shape[1:3], past[0].shape[2]
+    q = q.unflatten(1, (K, H // K))  # (B, K, G, n, D): G heads read one key head
+    together = lambda x: x.transpose(0, 1).flatten(1, 3)  # noqa: E731  # (K, B G n, .)
+    apart = lambda x: x.unflatten(1, (B, H // K, n)).transpose(0, 1)  # noqa: E731  # back
+    old = scale * (together(q) @ past[0][0].mT)  # (K, B G n, s)
+    new = scale * (q @ k[:, :, None].mT)  # (B, K, G, n, m)
+    mask = visible(n, s + m, window, q.device)
+    new = new.masked_fill(~mask[:, s:], -torch.inf)
+    if window is not None:
+        old = together(apart(old).masked_fill(~mask[:, :s], -torch.inf))
+    # A query sees itself, so the largest score is finite; one shift for both parts.
+    top = torch.maximum(new.amax(-1, keepdim=True), apart(old.amax(-1, keepdim=True)))
+    old, new = (old - together(top)).exp_(), (new - top).exp_()
+    total = new.sum(-1, keepdim=True) + apart(old.sum(-1, keepdim=True))
+    out = (new @ v[:, :, None] + apart(old @ past[1][0])) / total
+    return out.flatten(1, 2)
+
+
 def choose_engine(
     engine: str, device: torch.device, dtype: torch.dtype, *, cached: bool = False
 ) -> str:

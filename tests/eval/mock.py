@@ -27,7 +27,7 @@ class Mock(Family):
         logits, state = self.logits_at(tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         return logits.view(*tokens.shape, V), state
 
-    def logits_at(self, tokens: Tensor, where: Tensor, state: Tensor | None = None):
+    def logits_at(self, tokens: Tensor, where: Tensor, state: Tensor | None = None, keep=True):
         past = tokens[:, :0] if state is None else state
         whole, rows = torch.cat((past, tokens), dim=1), []
         for row, t in where.nonzero().tolist():

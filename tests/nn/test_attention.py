@@ -8,7 +8,12 @@ from torch import Tensor
 
 from lib.core.errors import UserError
 from lib.nn import attention
-from lib.nn.attention import causal_attention, choose_engine
+from lib.nn.attention import (
+    attend_after_shared,
+    causal_attention,
+    choose_engine,
+    continues_one_row,
+)
 from lib.nn.norm import rms_norm
 from lib.nn.rope import rope_tables, rotate
 
@@ -41,6 +46,19 @@ def test_engines_equal_the_definition(engine, window, n, m):
     q, k, v = draw(2, 4, 2, n, m)
     out = causal_attention(q, k, v, window=window, scale=0.3, engine=engine)
     assert torch.allclose(out, definition(q, k, v, window, 0.3), atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 20, 1_000])
+@pytest.mark.parametrize(("n", "m", "s"), [(1, 1, 9), (4, 6, 30), (12, 12, 1)])
+def test_rows_that_continue_one_row_see_it_without_copies(window, n, m, s):
+    """Three rows after s keys of one; wrong shifts, masks or heads would each show."""
+    q, k, v = draw(3, 4, 2, n, m)
+    _, *past = draw(1, 4, 2, 1, s)
+    past = [x.expand(3, -1, -1, -1) for x in past]
+    assert continues_one_row(past[0], 3) and not continues_one_row(k, 3)
+    out = attend_after_shared(q, k, v, (past[0], past[1]), window=window, scale=0.3)
+    whole = [torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True)]
+    assert torch.allclose(out, definition(q, *whole, window, 0.3), atol=1e-12)
 
 
 def test_blocks_see_only_keys_in_reach(monkeypatch):
