@@ -17,9 +17,9 @@ from lib.core import artifact, chunkstore
 from lib.core.artifact import Manifest
 from lib.core.errors import EnvError, KumikiError, UserError, report_lines
 from lib.core.params import PARAMS, load, read_yaml, resolve
+from lib.nn.budget import sweep_bytes
 
 TOKENS = Path("data/tokens/bpe.manifest.json")
-PROCESS_BYTES = 0.45e9  # Python, torch, buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Plan:
     slots: bool = False
     spare: int = 1
     item_bytes: int = 2  # of a stored number
+    activation_bytes: int = 2**30  # of graphs that a step may keep
 
     @property
     def chunks(self) -> int:
@@ -67,12 +68,11 @@ class Plan:
 
     def memory(self) -> float:
         """Peak resident bytes of the first phase; the number of tokens has no part in it."""
-        ids = 0 if self.memmap else min(self.vocab_size, self.chunk_tokens)
-        tables = ids * self.depth * self.context_width * 8  # values and gradients, fp32
-        vectors = self.vocab_size * self.width * 4 * 2  # the model's and the source's
-        chunk = 60 * min(self.chunk_tokens, self.tokens)  # ids and their table rows, read ahead
-        start = 131_072 * self.context_width * 8  # the block that sweep 0 holds, and its copy
-        return PROCESS_BYTES + 20 * self.params + tables + vectors + chunk + start
+        return sweep_bytes(
+            vocab_size=self.vocab_size, width=self.width, context_width=self.context_width,
+            depth=self.depth, chunk_tokens=min(self.chunk_tokens, self.tokens),
+            memmap=self.memmap, activation_bytes=self.activation_bytes,
+        )  # fmt: skip
 
     def flops(self) -> float:
         """Of the whole first phase: sweep 0, then two passes a sweep (cvfp.md 15.2)."""
@@ -102,6 +102,7 @@ def plan_of(settings: Any) -> Plan:
         sweeps=config.get("sweeps") or 0, chunk_tokens=config.get("chunk_tokens"),
         slots=jacobi and config.get("buffers") == "slots", spare=config.spare_chunks,
         item_bytes=chunkstore.stored(config.store_dtype, 1)[0].itemsize,
+        activation_bytes=settings.runtime.activation_bytes,
     )  # fmt: skip
 
 

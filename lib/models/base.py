@@ -341,6 +341,10 @@ class Family(nn.Module):
             return type(state)(*items) if hasattr(state, "_fields") else type(state)(items)
         return state
 
+    def planned_bytes(self) -> float:
+        """Peak resident bytes of a run on a CPU, held against runtime.memory_limit; 0: no plan."""
+        return 0
+
     def attach(self, folder: Path) -> None:
         """Open or create state that lives on disk beside the weights."""
 

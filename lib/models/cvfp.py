@@ -465,6 +465,10 @@ class Model(Family):
         """Tokens of a step that reads the corpus as one stream; None: packed rows."""
         return self.solver.stream_rows
 
+    def planned_bytes(self) -> float:
+        """Peak resident bytes of sweeps, whatever the length of the stream."""
+        return self.solver.planned_bytes()
+
     def attach(self, folder: Path) -> None:
         """Remember where the run works; files are opened at the first step."""
         self.solver.attach(folder)

@@ -66,7 +66,8 @@ class Exact(Solver):
 
         pairs = sum(int(v.sum()) for v in valid)
         objective = Objective(model, step, T * B, pairs)
-        keeps = T * B * activation_bytes(config, weights) <= model.activation_bytes
+        # the trajectory, and beside it the step that the noise term takes
+        keeps = 2 * T * B * activation_bytes(config, weights) <= model.activation_bytes
         yield from two_pass(run, objective, keeps=keeps, last=handed(tables, hand_on))
         self.numbers = objective.numbers
 

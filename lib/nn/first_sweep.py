@@ -14,11 +14,11 @@ from torch import Tensor
 from lib.core.errors import UserError
 from lib.core.rng import torch_generator
 from lib.nn import probes
+from lib.nn.budget import FIRST_BLOCK
 from lib.nn.context import Repairs, Weights, halo, warm_tokens
 from lib.nn.objective import Learner, unique_tables
 from lib.nn.sweeps import Sweeps
 
-HALO_TOKENS = 131_072  # tokens that sweep 0 holds at once
 HALO_ROWS = 256  # segments stepped in parallel
 RHO_ROWS, RHO_STEPS = 64, 48
 
@@ -45,10 +45,10 @@ def write_first_sweep(
             value=f"{model.source.tokens:,}", remedy="leave it out of seed_defects",
         )  # fmt: skip
     rho = contraction_of(model, weights, start, stop)
-    warm = warm_tokens(rho, config.halo_tol, HALO_TOKENS // HALO_ROWS)
+    warm = warm_tokens(rho, config.halo_tol, FIRST_BLOCK // HALO_ROWS)
     writer, repairs, sample = disk.writer(0, j), Repairs(), []
-    for first in range(start, stop, HALO_TOKENS):
-        last = min(stop, first + HALO_TOKENS)
+    for first in range(start, stop, FIRST_BLOCK):
+        last = min(stop, first + FIRST_BLOCK)
         side, keep = _token_side(model, weights, first, last)
         rows = last - first if slow else max(64, -(-(last - first) // HALO_ROWS))
         made = halo(
@@ -75,7 +75,7 @@ def _token_side(
     keep = None
     if model.config.get("reset") == "document":
         keep = (~source.starts(start, stop)).to(weights.b[0].dtype)
-    before = min(start, HALO_TOKENS // HALO_ROWS)
+    before = min(start, FIRST_BLOCK // HALO_ROWS)
     tables, index = unique_tables(model, weights, source.ids(start - before, stop), False)
     if tables is not None:
         held = tables.values
@@ -108,11 +108,8 @@ def inputs_of_stream(model: Learner, start: int, stop: int) -> Tensor:
 
 def ranks_of(rows: Tensor) -> dict[str, float]:
     """Ranks of the chunk's new rows."""
-    return {
-        "er_seed": probes.effective_rank(rows),
-        "er": probes.effective_rank(rows, centred=True),
-        "rows": len(rows),
-    }
+    uncentred, centred = probes.effective_ranks(rows)
+    return {"er_seed": uncentred, "er": centred, "rows": len(rows)}
 
 
 @torch.no_grad()

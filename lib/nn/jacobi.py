@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib.core.rng import torch_generator
 from lib.nn import probes
+from lib.nn.budget import sweep_bytes
 from lib.nn.context import one_step
 from lib.nn.first_sweep import contraction_of, inputs_of_stream, ranks_of, write_first_sweep
 from lib.nn.memory_term import Memory, offset_targets
@@ -174,6 +175,16 @@ class Jacobi(Solver):
     def stream_rows(self) -> int:  # type: ignore[override]  # read only
         """Tokens of a chunk."""
         return self.state.chunk_tokens
+
+    def planned_bytes(self) -> float:
+        """Peak resident bytes, which the length of the stream has no part in."""
+        config, source = self.model.config, self.model.source
+        assert source is not None
+        return sweep_bytes(
+            vocab_size=len(source.table()), width=config.width, context_width=config.d,
+            depth=config.get("depth"), chunk_tokens=self.stream_rows, memmap=source.has_rows,
+            activation_bytes=self.model.activation_bytes,
+        )  # fmt: skip
 
     def attach(self, folder: Path) -> None:
         """Remember where the run works; files are opened at the first step."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lib.core.errors import InputError
 from lib.core.rng import torch_generator
+from lib.nn.budget import graph_bytes
 from lib.nn.context import TokenTables, Weights, matmul_dtype
 from lib.nn.diversity import Diversity, random_directions
 
@@ -32,6 +33,7 @@ class Source(Protocol):
     tokens: int  # N
     has_rows: bool  # vectors are read, not looked up
 
+    def table(self) -> Tensor: ...  # noqa: D102  (V, e)
     def ids(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n,) int64
     def starts(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n,) a document begins
     def rows(self, start: int, stop: int) -> Tensor: ...  # noqa: D102  (n, e) fp32
@@ -186,9 +188,6 @@ def unique_tables(
 
 
 def activation_bytes(config: Any, weights: Weights) -> int:
-    """Bytes that backward keeps of one token: states wide, rectified parts in matmul dtype, twice
-
-    for the noisy step beside the trajectory.
-    """
-    wide, narrow = weights.b[0].element_size(), matmul_dtype(weights.b[0]).itemsize
-    return 2 * config.get("depth") * config.d * (wide + narrow)
+    """Bytes that backward keeps of one token's step."""
+    b = weights.b[0]
+    return graph_bytes(config.get("depth"), config.d, b.element_size(), matmul_dtype(b).itemsize)

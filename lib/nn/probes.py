@@ -35,10 +35,26 @@ def effective_rank(c: Tensor, *, centred: bool = False) -> float:
     c = c.double()
     c = c - c.mean(0) if centred else c
     if len(c) <= SVD_ROWS:
-        values = torch.linalg.svdvals(c)
-    else:
-        values = torch.linalg.eigvalsh(c.t() @ c).clamp(min=0).sqrt()
-        values = values * (values >= 1e-7 * values.max())
+        return _entropy_rank(torch.linalg.svdvals(c))
+    return _rank_of_moment(c.t() @ c)
+
+
+def effective_ranks(c: Tensor) -> tuple[float, float]:
+    """(uncentred, centred) effective rank of rows c (n, d), from one second moment where many."""
+    if len(c) <= SVD_ROWS:
+        return effective_rank(c), effective_rank(c, centred=True)
+    c = c.double()
+    m = c.mean(0)
+    S = (c - m).t() @ (c - m)  # adding the mean's part loses nothing, taking it away would
+    return _rank_of_moment(S + len(c) * torch.outer(m, m)), _rank_of_moment(S)
+
+
+def _rank_of_moment(S: Tensor) -> float:
+    values = torch.linalg.eigvalsh(S).clamp(min=0).sqrt()
+    return _entropy_rank(values * (values >= 1e-7 * values.max()))
+
+
+def _entropy_rank(values: Tensor) -> float:
     p = values / values.sum().clamp(min=1e-300)
     return math.exp(-float((p * (p + 1e-10).log()).sum()))
 
@@ -58,7 +74,8 @@ def mean_share(c: Tensor) -> float:
 def apply_jacobian(z: Tensor, v: Tensor, P: list[Tensor], weights: Weights) -> Tensor:
     """J v of one step at state z: z, v (B, d), P: L of (B, d) -> (B, d). Analytic, cvfp.md 2.5."""
     for p, A, gain, offset in zip(P, weights.A, weights.gain, weights.offset, strict=True):
-        h = p.to(z.dtype) + z @ A.t()
+        mapped = torch.cat((z, v)) @ A.t()  # both at once: with few rows reading A is the work
+        h, turned = p.to(z.dtype) + mapped[: len(z)], mapped[len(z) :]
         if weights.gelu:
             x = h.detach()
             slope = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
@@ -66,7 +83,7 @@ def apply_jacobian(z: Tensor, v: Tensor, P: list[Tensor], weights: Weights) -> T
             y = z + F.gelu(h)
         else:
             slope, y = (h > 0).to(z.dtype), z + h.relu()
-        w = v + slope * (v @ A.t())
+        w = v + slope * turned
         mean = y.mean(-1, keepdim=True)
         rstd = (y.var(-1, correction=0, keepdim=True) + EPS).rsqrt()
         unit = (y - mean) * rstd

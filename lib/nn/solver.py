@@ -18,6 +18,10 @@ class Solver:
         """The losses of one step of the fixed-point phase."""
         raise TypeError(f"{type(self).__name__} learns nothing")
 
+    def planned_bytes(self) -> float:
+        """Peak resident bytes; 0: no plan."""
+        return 0
+
     def attach(self, folder: Path) -> None:
         """Remember where the run works; files are opened at the first step."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lib import kernels
 from lib.core import ranks
 from lib.core.artifact import Manifest, plain
-from lib.core.errors import UserError
+from lib.core.errors import EnvError, UserError
 from lib.core.params import typed
 from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
@@ -84,6 +84,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
         config = typed(module.Config, plain(settings.model), "params.yaml")
         model = build(config, seed, True)
         require_wire(settings, model)
+        require_memory(model, run.runtime, device)
 
         def push_weights(step: int, weights: dict[str, Tensor]) -> None:
             if push is not None and push.is_due(step):
@@ -151,6 +152,18 @@ def require_wire(settings: Train, model: Family) -> None:
             "grad_wire is of streamed runs, and this one is not",
             value=settings.grad_wire,
             remedy="set grad_wire: float32, or runtime.stream: on",
+        )
+
+
+def require_memory(model: Family, runtime: Runtime, device: torch.device) -> None:
+    """EnvError where a family plans more than `runtime.memory_limit`."""
+    planned = model.planned_bytes() if device.type == "cpu" else 0
+    limit = runtime.memory_limit
+    if planned > limit:
+        raise EnvError(
+            "the run would take too much memory",
+            value=f"{planned / 1e9:.2f} GB, runtime.memory_limit {limit / 1e9:.2f} GB",
+            remedy="lower chunk_tokens, depth or width, or raise the limit",
         )
 
 

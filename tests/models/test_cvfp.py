@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.core.errors import InputError, UserError
+from lib.core.errors import EnvError, InputError, UserError
 from lib.core.refusal import Refused
+from lib.core.run_settings import Runtime
 from lib.models import cvfp
 from lib.models.base import build
 from lib.nn import handover, pace, stream_contexts
 from lib.nn.context import trajectory
 from lib.nn.probes import apply_jacobian
+from lib.train.session import require_memory
 from tests import golden
 from tests.models.streams import Stream, make, run_steps, stored_rows
 
@@ -299,6 +301,18 @@ def test_what_is_left_is_told_in_passes_over_tokens(tmp_path, monkeypatch):
     assert n["written_bytes_per_s"] == 100 * 8 * 2 / 10
     run_steps(model, range(1, 16))
     assert model.log_scalars()["left_s"] == 0
+
+
+def test_a_plan_above_the_memory_limit_is_refused(tmp_path):
+    """Before the first file; the exact solver has no such plan, a GPU no such limit."""
+    model, cpu = small(tmp_path), torch.device("cpu")
+    planned = model.planned_bytes()
+    assert 0.4e9 < planned < 1e9
+    require_memory(model, Runtime(memory_limit=round(planned) + 1), cpu)
+    with pytest.raises(EnvError, match=r"memory_limit 0.10 GB; lower chunk_tokens"):
+        require_memory(model, Runtime(memory_limit=10**8), cpu)
+    require_memory(model, Runtime(memory_limit=10**8), torch.device("meta"))
+    assert small(tmp_path, "b", solver="exact", reset="document", sweeps=None).planned_bytes() == 0
 
 
 def test_sweeps_end_where_enough_tokens_have_converged(tmp_path, monkeypatch):

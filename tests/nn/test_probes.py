@@ -43,6 +43,12 @@ def test_both_ways_to_the_rank_agree_and_a_gaussian_scores_what_it_should():
     p = values / values.sum()
     short = float((-(p * (p + 1e-10).log()).sum()).exp())
     assert long == pytest.approx(short, rel=1e-6)
+    c = c + 30  # a mean that takes nearly all of the second moment
+    apart = probes.effective_rank(c), probes.effective_rank(c, centred=True)
+    assert probes.effective_ranks(c) == pytest.approx(apart, rel=1e-9)
+    assert probes.effective_ranks(c[:90]) == (
+        probes.effective_rank(c[:90]), probes.effective_rank(c[:90], centred=True)
+    )  # fmt: skip
     c = torch.randn(1280, 768, generator=torch.Generator().manual_seed(2))
     assert probes.effective_rank(c) / 768 == pytest.approx(0.907, abs=0.005)
 
