@@ -40,7 +40,7 @@ FORWARD_FLOPS = 7.1e6
 class Ids:
     """A Zipf stream of a fixed length, its vectors in the model's table."""
 
-    has_rows, reset_id = False, None
+    has_rows, reset_id, hidden = False, None, None
 
     def __init__(self, tokens: int, vocab: int = VOCAB) -> None:
         self.tokens, self.vocab = tokens, vocab

@@ -42,6 +42,12 @@ def identity(run: Run) -> dict[str, Any]:
     }
 
 
+def modules(run: Run) -> list[str]:
+    """The families whose blocks may make hidden states, loaded by name."""
+    hidden = run.settings.precompute_embeddings.source == "hidden"
+    return ["lib.models.gpt", "lib.models.ramgpt"] if hidden else []
+
+
 def check(run: Run) -> bool:
     """Whether the files of the finished manifest still lie in scratch, unchanged."""
     manifest = Manifest.read(run.result, kind="embeddings")
@@ -62,4 +68,4 @@ def body(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(stage.main(STAGE, body, identity, check=check))
+    raise SystemExit(stage.main(STAGE, body, identity, check=check, modules=modules))

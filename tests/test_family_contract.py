@@ -40,6 +40,15 @@ TINY: dict[str, list[dict]] = {
         {"width": 16, "head": "tied", "train_embedding": True},
         {"width": 16, "given": "previous", "previous": 3},
         {"width": 16, "given": "leaky", "train_context": False},
+        {
+            "width": 16,
+            "hidden": {
+                "family": "gpt",
+                "model": {"depth": 2, "width": 16, "heads": 2, "context": T},
+                "layer": 1,
+                "context": 5,
+            },
+        },
     ],
     "gpt": [
         {"depth": 2, "width": 16, "heads": 2, "context": T},

@@ -431,20 +431,39 @@ class RandomTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HiddenVectors:
+    """Of the residual stream of the model at `checkpoint.path`, in windows from a document's start.
+
+    model.cvfp.hidden repeats them: the model holds these blocks.
+    """
+
+    layer: int | None = None  # blocks passed, null: all
+    context: int | None = None  # tokens of a window, null: as the model was trained
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embeddings:
     """Section `precompute_embeddings`: the vectors that context vectors are made from."""
 
-    source: Literal["gpt2", "checkpoint", "random"] = "checkpoint"
+    source: Literal["gpt2", "checkpoint", "hidden", "random"] = "checkpoint"
     mode: Literal["memmap", "gather"] = "memmap"  # gather: the table alone, the same numbers
     dtype: Literal["float16", "bfloat16"] = "float16"  # of the stored vectors
     chunk_tokens: int = 1_000_000  # one unit of work
     keep_source: bool = True  # of gpt2: the downloaded file
     gpt2: Gpt2Table = field(default_factory=Gpt2Table)
     checkpoint: CheckpointTable = field(default_factory=CheckpointTable)
+    hidden: HiddenVectors = field(default_factory=HiddenVectors)
     random: RandomTable = field(default_factory=RandomTable)
 
     def __post_init__(self) -> None:
         refuse(
             (self.chunk_tokens < 1, "chunk_tokens", self.chunk_tokens, "use 1 or more"),
             (self.random.width < 1, "random.width", self.random.width, "use 1 or more"),
-        )
+            *(
+                ((getattr(self.hidden, n) or 1) < 1, f"hidden.{n}", getattr(self.hidden, n),
+                 "use 1 or more, or null")
+                for n in ("layer", "context")
+            ),
+            (self.source == "hidden" and self.mode == "gather", "mode", "gather",
+             "hidden states are no function of the id: use mode: memmap"),
+        )  # fmt: skip

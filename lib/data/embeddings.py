@@ -1,8 +1,9 @@
 """Token vectors for CVFP: a table of normalised rows, and one row per training token on disk.
 
-In:    token files, a source of vectors (GPT-2's table, a table of a model of ours, random rows).
+In:    token files, a source of vectors (GPT-2's table, a table of a model of ours, its hidden
+       states, random rows).
 Out:   `$KUMIKI_SCRATCH/embeddings/<key>/`: token_ids.npy, offsets.npy, table.npy, and in mode
-       `memmap` embeddings.npy, row i of token i; a manifest.
+       `memmap` embeddings.npy, row i of token i; of hidden states blocks.safetensors; a manifest.
 Rule:  a vector is the norm of its table row, computed in fp32 and rounded once to the stored type.
        A chunk is durable before its journal line; a killed run goes on with the first missing one.
 """
@@ -17,110 +18,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lib.core import artifact, chunkstore, fetch, files, growing
+from lib.core import artifact, chunkstore, files, growing
 from lib.core import data_settings as settings
-from lib.core.artifact import FileEntry, Manifest
+from lib.core.artifact import FileEntry, Manifest, plain
 from lib.core.chunkstore import RowFile, crc32, decode, encode, stored
-from lib.core.errors import EnvError, InputError, UserError
-from lib.core.rng import torch_generator
+from lib.core.errors import InputError, UserError
 from lib.core.run_settings import Runtime
-from lib.data.remote import policy_for
+from lib.data.hidden import About, hidden_rows, open_hidden
 from lib.data.tokens import TokenStore, id_dtype
+from lib.data.vector_source import Log, gpt2_file, source_hash, source_table, width_of
+from lib.nn.frozen import Frozen
 
 KIND, REVISION = "embeddings", 1
 ROWS, TABLE, IDS, OFFSETS, ABOUT = (
     "embeddings.npy", "table.npy", "token_ids.npy", "offsets.npy", "metadata.json",
 )  # fmt: skip
+BLOCKS = "blocks.safetensors"  # what hidden states were made by
 JOURNAL = "journal.jsonl"
-EPS = 1e-5
 LARGEST = 6e4  # fp16 ends at 65,504
 WRITE_ROWS = 8192  # rows computed and written at once
-
-Log = Callable[[str], None]
-
-
-# ---------------------------------------------------------------- where vectors come from
-
-
-def source_table(
-    section: settings.Embeddings, vocab_size: int, runtime: Runtime, log: Log
-) -> Tensor:
-    """The normalised table (V, e) fp32. UserError where it has not a row for every id."""
-    if section.source == "random":
-        draw = torch_generator(section.random.seed, "embeddings")
-        rows = torch.randn(vocab_size, section.random.width, generator=draw)
-    elif section.source == "checkpoint":
-        rows = _tensors(
-            Path(section.checkpoint.path) / "model.safetensors", [section.checkpoint.tensor]
-        )[0]
-    else:
-        path = gpt2_file(section.gpt2, runtime, log)
-        rows, gain, offset = _tensors(path, ["wte.weight", "ln_f.weight", "ln_f.bias"])
-        _require_rows(rows, vocab_size, path)
-        return F.layer_norm(rows, rows.shape[-1:], gain, offset, EPS)
-    _require_rows(rows, vocab_size, section.source)
-    return F.layer_norm(rows[:vocab_size], rows.shape[-1:], eps=EPS)
-
-
-def _require_rows(rows: Tensor, vocab_size: int, source: object) -> None:
-    exact = source not in ("random", "checkpoint")  # padded tables have rows beyond the vocabulary
-    if len(rows) < vocab_size or (exact and len(rows) != vocab_size):
-        raise UserError(
-            "table and token ids are of different vocabularies",
-            value=f"{len(rows):,} rows, vocabulary {vocab_size:,}",
-            remedy="encode with the table's own tokenizer, or use source: checkpoint",
-        )
-
-
-def _tensors(path: Path, names: list[str]) -> list[Tensor]:
-    """Tensors by name, with or without `transformer.` in front, fp32."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as stream:
-            held = set(stream.keys())
-            found = [
-                next((n for n in (name, f"transformer.{name}") if n in held), None)
-                for name in names
-            ]
-            if None in found:
-                missing = names[found.index(None)]
-                raise UserError("no such tensor", file=path, value=missing, remedy="name its table")
-            return [stream.get_tensor(name).float() for name in found]
-    except FileNotFoundError:
-        raise UserError("no such file", file=path, remedy="run the stage that makes it") from None
-    except SafetensorError as error:
-        raise InputError(
-            "not a safetensors file", file=path, value=error, remedy="remove it and run again"
-        ) from error
-
-
-def gpt2_file(gpt2: settings.Gpt2Table, runtime: Runtime, log: Log) -> Path:
-    """The pinned file in scratch, fetched once; EnvError says where to put it by hand."""
-    target = artifact.scratch_root() / "downloads" / gpt2.sha256[:16] / "model.safetensors"
-    policy = policy_for([gpt2.url], runtime)
-    try:
-        fetch.fetch(gpt2.url, target, policy, size=gpt2.bytes, sha256=gpt2.sha256, log=log)
-    except EnvError as error:
-        raise EnvError(
-            "GPT-2's table is not here and its host cannot be reached",
-            file=target,
-            value=f"{gpt2.bytes:,} bytes, sha256 {gpt2.sha256[:16]}",
-            remedy="put the file there, or use precompute_embeddings.source: checkpoint",
-        ) from error
-    return target
-
-
-def source_hash(section: settings.Embeddings) -> str:
-    """Identity of what the vectors are taken from."""
-    if section.source == "checkpoint":
-        path = Path(section.checkpoint.path)
-        return f"{files.sha256_file(path / files.MANIFEST)}:{section.checkpoint.tensor}"
-    if section.source == "gpt2":
-        return section.gpt2.sha256
-    return f"random:{section.random.width}:{section.random.seed}"
 
 
 # ---------------------------------------------------------------- making them
@@ -145,6 +62,14 @@ class Making:
     store: TokenStore
     table: np.ndarray  # (V, e) as stored
     section: settings.Embeddings
+    frozen: Frozen | None = None  # rows are its hidden states, not the table's
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of training tokens [start, stop) as stored."""
+        if self.frozen is None:
+            return self.table[self.store.tokens("train", start, stop - start)]
+        found = hidden_rows(self.frozen, self.store, start, stop)
+        return _rounded(torch.from_numpy(found), self.section.dtype)
 
     @property
     def note(self) -> dict[str, Any]:
@@ -178,40 +103,37 @@ def precompute(
             value=f"tokens by {store.fingerprint[:8]}, GPT-2's {section.gpt2.tokenizer[:8]}",
             remedy="encode with kind: gpt2, or use source: checkpoint",
         )
-    width = _width(section)
+    width = width_of(section)
     recipe = recipe_of(section, tokens)
     key = artifact.key_of(KIND, recipe)
     folder = artifact.scratch_folder(KIND, key)
     for line in preflight(section, store, width, folder):
         log(line)
-    table = source_table(section, V, runtime, log)
-    made = Making(folder, key, store, _rounded(table, section.dtype), section)
+    table, about, frozen = source_table(section, V, runtime, log), None, None
+    if section.source == "hidden":
+        about, frozen = open_hidden(Path(section.checkpoint.path), section.hidden)
+        if store.bos_id is not None:  # rows that begin in mid-document begin with one of its own
+            table[store.bos_id] = frozen.windows([torch.tensor([store.bos_id])])[0][0]
+    made = Making(folder, key, store, _rounded(table, section.dtype), section, frozen)
     files.make_folder(folder)
     _write_small(made)
     if section.mode == "memmap":
         write_rows(made, log, should_stop)
     if section.source == "gpt2" and not section.keep_source:
         files.remove_tree(gpt2_file(section.gpt2, runtime, log).parent)
-    about = {
+    counts = {
         "tokens": N, "documents": len(store.documents("train")), "width": table.shape[1],
         "dtype": section.dtype, "vocab_size": V, "tokenizer": store.fingerprint,
-        "source": section.source, "function_of_token": True,
+        "source": section.source, "function_of_token": frozen is None,
+        "hidden": about and plain(about),
         "chunk_tokens": section.chunk_tokens, "mode": section.mode,
     }  # fmt: skip
-    files.write_json(folder / ABOUT, about)
+    files.write_json(folder / ABOUT, counts)
     names = [ABOUT, IDS, OFFSETS, TABLE, *([ROWS] if section.mode == "memmap" else [])]
+    names += [BLOCKS] if frozen is not None else []
     return Manifest(
-        kind=KIND, recipe=recipe, files=tuple(_entry(folder, n) for n in names), counts=about
+        kind=KIND, recipe=recipe, files=tuple(_entry(folder, n) for n in names), counts=counts
     )
-
-
-def _width(section: settings.Embeddings) -> int:
-    if section.source == "gpt2":
-        return 768
-    if section.source == "random":
-        return section.random.width
-    path = Path(section.checkpoint.path) / "model.safetensors"
-    return _tensors(path, [section.checkpoint.tensor])[0].shape[1]
 
 
 def preflight(
@@ -259,6 +181,12 @@ def _write_small(made: Making) -> None:
                     remedy="run encode_tokens again",
                 )  # fmt: skip
             out.write(np.ascontiguousarray(ids))
+
+    if made.frozen is not None:
+        from safetensors.torch import save_file
+
+        with files.library_file(made.folder / BLOCKS) as temp:
+            save_file(made.frozen.state_dict(), temp)
 
 
 def _write_array(path: Path, array: np.ndarray, note: dict[str, Any]) -> None:
@@ -334,7 +262,7 @@ def _write_chunk(rows: RowFile, made: Making, start: int, stop: int) -> int:
     crc = 0
     for first in range(start, stop, WRITE_ROWS):
         last = min(stop, first + WRITE_ROWS)
-        block = made.table[made.store.tokens("train", first, last - first)]
+        block = made.rows(first, last)
         rows.write(first, block)
         crc = crc32(block, crc)
     rows.sync()
@@ -360,7 +288,8 @@ class Embeddings:
     def __init__(self, folder: Path, manifest: Manifest, store: TokenStore) -> None:
         self.store, self.manifest = store, manifest
         about = manifest.counts
-        self.key = manifest.key
+        self.key, self.hidden = manifest.key, about.get("hidden")
+        self._folder = folder
         self.tokens, self.width, self.dtype = about["tokens"], about["width"], about["dtype"]
         self.reset_id = store.bos_id if store.boundary in ("bos", "both") else None
         self.has_rows = about["mode"] == "memmap"
@@ -391,11 +320,14 @@ class Embeddings:
             names = {entry.path for entry in bad}
             if not names <= {ROWS, IDS, OFFSETS}:
                 return  # the table itself: its source is the stage's matter
+            if manifest.counts.get("hidden") and BLOCKS in names:
+                return
             held = RowFile.open(folder / TABLE)
             params = manifest.recipe["params"]
             section = settings.Embeddings(mode=params["mode"], dtype=params["dtype"],
                                           chunk_tokens=manifest.counts["chunk_tokens"])  # fmt: skip
-            made = Making(folder, manifest.key, store, held.read(0, held.shape[0]), section)
+            table = held.read(0, held.shape[0])
+            made = Making(folder, manifest.key, store, table, section, _blocks(folder, manifest))
             held.close()
             _write_small(made)
             if ROWS in names:
@@ -403,6 +335,12 @@ class Embeddings:
 
         artifact.ensure(folder, manifest.files, rebuild, full=full)
         return cls(folder, manifest, store)
+
+    def blocks(self) -> dict[str, Tensor]:
+        """Weights of the blocks that hidden states were made by."""
+        from safetensors.torch import load_file
+
+        return load_file(self._folder / BLOCKS)
 
     def table(self) -> Tensor:
         """(V, e) fp32."""
@@ -449,3 +387,11 @@ class Embeddings:
                 else:
                     row[place] = self.rows(first, first + len(piece))
         return found
+
+
+def _blocks(folder: Path, manifest: Manifest) -> Frozen | None:
+    if not manifest.counts.get("hidden"):
+        return None
+    from safetensors.torch import load_file
+
+    return About(**manifest.counts.get("hidden")).build(load_file(folder / BLOCKS))

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.core.errors import UserError
+from lib.core.params import typed
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
-from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights
+from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights, load_family
 from lib.nn import probes
 from lib.nn.arms import controls, starts_from_weights, verdict
 from lib.nn.context import EPS, Layer, Weights, initial, shifts, trajectory
 from lib.nn.exact import Exact
+from lib.nn.frozen import Frozen
 from lib.nn.handover import take_phase1
 from lib.nn.jacobi import Jacobi
 from lib.nn.solver import Solver
@@ -64,6 +66,16 @@ DEFECTS = ("ln_skew", "length_weight", "bf16_state", "sequential_start")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """Frozen blocks that make token vectors: those behind embeddings of source `hidden`."""
+
+    family: str = "gpt"  # one whose weights may be streamed: blocks that take x alone
+    model: Any = None  # that family's section
+    layer: int = 1  # blocks passed
+    context: int = 256  # tokens of a window
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Section `model.cvfp`; a run overlays its phase. Null has the value of CHOICES."""
 
@@ -84,6 +96,7 @@ class Config:
     previous: int = 1  # token vectors of `previous`
     train_context: bool | None = None  # the predicting phase goes on training f
     train_embedding: bool = False
+    hidden: Hidden | None = None  # null: a vector is a function of its id
     seed_compat: bool = False  # the original's algorithm, without its defects
     seed_defects: tuple[str, ...] = ()  # of ln_skew, length_weight, bf16_state, sequential_start
     # the fixed-point phase
@@ -110,6 +123,8 @@ class Config:
     keep_contexts: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.hidden, Mapping):  # as JSON gives it
+            object.__setattr__(self, "hidden", Hidden(**self.hidden))
         get, own = self.get, {n: getattr(self, n) for n in CHOICES}
         fixed = [n for n in CHOICES if n not in FREE]
         sizes = ("width", "context_width", "depth", "token_depth", "context", "input_tokens")
@@ -142,6 +157,8 @@ class Config:
             (first and not any(get(n) > 0 for n in weights[:3]), "fixed_point, diversity, memory",
              0, "one weight must be above 0"),
             (self.memory_kind == "predict" and not self.horizons, "horizons", "[]", "name one"),
+            (self.hidden is not None and self.train_embedding, "train_embedding", True,
+             "hidden states have no table to learn"),
             (not 0 < self.halo_tol < 1, "halo_tol", self.halo_tol, "use 0 < x < 1"),
         )  # fmt: skip
 
@@ -181,6 +198,8 @@ class Model(Family):
         self.solver = Solver()
         self.embedding = nn.Embedding(vocab_size, e)
         self.embedding.weight.requires_grad_(config.train_embedding and self.predicts)
+        if config.hidden is not None:
+            self.frozen = frozen_of(config.hidden, vocab_size)
         self.register_buffer("reset_id", torch.empty((), dtype=torch.int64))  # -1: none
         L = get("depth") if config.given == "context" else 0
         self.context_block = nn.ModuleList(
@@ -230,12 +249,40 @@ class Model(Family):
                 value=f"embeddings {table.shape[1]}, model.cvfp.width {self.config.width}",
                 remedy=f"set model.cvfp.width: {table.shape[1]}",
             )
+        self._take_blocks(source)
         with torch.no_grad():
             self.reset_id.fill_(-1 if source.reset_id is None else source.reset_id)
             self.embedding.weight.copy_(table)
 
+    def _take_blocks(self, source: Any) -> None:
+        """The frozen blocks behind `source`; UserError where the config knows others, or none."""
+        own, theirs = self.config.hidden, source.hidden
+        if own is None and theirs is None:
+            return
+        if own is not None and theirs is not None:
+            mine = typed_model(own.family, own.model), own.layer, own.context
+            if own.family == theirs["family"] and mine == (
+                typed_model(own.family, theirs["model"]), theirs["layer"], theirs["context"],
+            ):  # fmt: skip
+                self.frozen.load_state_dict(source.blocks())
+                return
+        raise UserError(
+            "token vectors are of other hidden states", value=f"embeddings {theirs}, model {own}",
+            remedy="set model.cvfp.hidden to what precompute_embeddings was made with",
+        )  # fmt: skip
+
+    def contextual(
+        self, tokens: Tensor, state: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Vectors (T, B, e) of rows of ids (T, B), and what continues them."""
+        if self.config.hidden is None:
+            return self.embed(tokens), {}
+        tokens, before = tokens.t(), (state or {}).get("window")
+        e, window = self.frozen.rows(tokens, tokens == self.reset_id, before)
+        return self.seen(e.to(self.embedding.weight.dtype)).transpose(0, 1), {"window": window}
+
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token vectors (..., e): the one way from ids to vectors, in both phases."""
+        """Vectors (..., e) of ids by themselves: the one way in both phases, but for `hidden`."""
         return self.seen(F.embedding(tokens, self.embedding.weight))
 
     def seen(self, e: Tensor) -> Tensor:
@@ -317,7 +364,11 @@ class Model(Family):
     ) -> tuple[Tensor, dict[str, Any]]:
         """tokens (B, T) -> h^K (B, T, e) and the state that continues the rows."""
         tokens = tokens.t()
-        e = self.embed(tokens) if e is None else e.transpose(0, 1)
+        window = {}
+        if e is None:
+            e, window = self.contextual(tokens, state)
+        else:
+            e = e.transpose(0, 1)
         keep = self.keep_of(tokens)
         Z, after = self.given(e, keep, state or {}, before)
         h = e
@@ -326,7 +377,7 @@ class Model(Family):
             z = Z[min(number, len(Z) - 1)]
             grown = F.linear(torch.cat((z, h), -1), layer.weight, layer.bias)
             h = layer.norm((h + F.relu(grown)).to(layer.norm.weight.dtype)).to(e.dtype)
-        return h.transpose(0, 1), after
+        return h.transpose(0, 1), after | window
 
     def forward(
         self, tokens: Tensor, state: Mapping[str, Any] | None = None
@@ -399,11 +450,15 @@ class Model(Family):
     def init_buffers(self) -> None:
         """No reset id until an artefact names one."""
         self.reset_id.fill_(-1)
+        if self.config.hidden is not None:
+            self.frozen.body.init_buffers()
 
     def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
         """Blocks by lib.nn.context; LN of N(0, 1) rows as table; head 0; R, Q ~ N(0, 1 / in)."""
         if name.startswith(("context_block", "token_block")):
             return initial(name, shape, draw)
+        if name.startswith("frozen.body."):
+            return self.frozen.body.initial(name.removeprefix("frozen.body."), shape, draw)
         if name.startswith("head"):
             return torch.zeros(shape)
         values = torch.empty(shape).normal_(0, 1, generator=draw)
@@ -499,7 +554,7 @@ class Model(Family):
     def diagnostics(self, tokens: Tensor) -> dict[str, float]:
         """Ranks, contraction and memory of the vectors that the token block reads, rows (B, T)."""
         tokens = tokens.t()
-        e, keep = self.embed(tokens), self.keep_of(tokens)
+        e, keep = self.contextual(tokens)[0], self.keep_of(tokens)
         if self.config.given == "none":
             return {}
         Z = self.given(e, keep, {})[0][-1]
@@ -521,6 +576,18 @@ class Model(Family):
     def progress(self) -> str | None:
         """The guide's lines and ours, under Jacobi; else one line of the terms."""
         return self.solver.progress()
+
+
+def typed_model(family: str, section: Any) -> Any:
+    """Another family's Config from its section."""
+    return typed(load_family(family).Config, section or {}, "model.cvfp.hidden.model")
+
+
+def frozen_of(hidden: Hidden, vocab_size: int) -> Frozen:
+    """The blocks, weights not yet filled."""
+    body = load_family(hidden.family).Model(typed_model(hidden.family, hidden.model), vocab_size)
+    body.vocab_size = vocab_size
+    return Frozen(body, hidden.layer, hidden.context)
 
 
 class TiedHead(nn.Module):

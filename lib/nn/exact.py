@@ -110,9 +110,9 @@ def batch_vectors(model: Learner, batch: Any) -> Callable[[slice, Tensor | None]
     def vectors(part: slice, keep: Tensor | None) -> Tensor:
         if reads:
             assert model.source is not None
-            e = model.source.packed(batch.rows[part]).to(batch.tokens.device)
+            e = model.source.packed(batch.rows[part]).to(batch.tokens.device).transpose(0, 1)
         else:
-            e = model.embed(batch.tokens[part])
-        return model.inputs_of(e.transpose(0, 1), keep)[0]
+            e = model.contextual(batch.tokens[part].t())[0]
+        return model.inputs_of(e, keep)[0]
 
     return vectors

@@ -52,6 +52,7 @@ class Learner(Protocol):
     memory_head: nn.ModuleList
 
     def weights(self) -> Weights: ...  # noqa: D102
+    def contextual(self, tokens: Tensor) -> tuple[Tensor, Any]: ...  # noqa: D102
     def seen(self, e: Tensor) -> Tensor: ...  # noqa: D102
     def embed(self, tokens: Tensor) -> Tensor: ...  # noqa: D102
     def keep_of(self, tokens: Tensor) -> Tensor | None: ...  # noqa: D102
@@ -180,8 +181,9 @@ def handed(tables: TokenTables | None, weights: Callable[[], Tensor]) -> list[Ca
 def unique_tables(
     model: Learner, weights: Weights, ids: Tensor, learns: bool
 ) -> tuple[TokenTables | None, Tensor]:
-    """(tables of the distinct ids, the row of each token); none where rows are read or q > 1."""
-    if (model.source is not None and model.source.has_rows) or model.config.get("input_tokens") > 1:
+    """(tables of the distinct ids, the row of each token); none where an id does not suffice."""
+    config, reads = model.config, model.source is not None and model.source.has_rows
+    if reads or config.hidden is not None or config.get("input_tokens") > 1:
         return None, ids
     distinct, index = torch.unique(ids, return_inverse=True)
     return TokenTables(weights, model.embed(distinct).detach(), learns), index

@@ -67,7 +67,11 @@ class SweepState:
         assert self.folder is not None
         with files.atomic_folder(self.folder / f"checkpoint_iter_{iteration}") as part:
             weights = self._model.state_dict()
-            own = {n: t.contiguous() for n, t in weights.items() if n[:9] != "embedding"}
+            own = {
+                n: t.contiguous()
+                for n, t in weights.items()
+                if not n.startswith(("embedding", "frozen"))
+            }
             with files.library_file(part / "model.safetensors") as temp:
                 save_file(own, temp)
             files.write_json(part / "stats.json", self.statistics(iteration))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,18 +13,24 @@ from safetensors.torch import save_file
 
 from lib.core import artifact, chunkstore, files, hosts
 from lib.core.chunkstore import RowFile
+from lib.core.data_settings import CheckpointTable, Gpt2Table, HiddenVectors, RandomTable
 from lib.core.data_settings import Embeddings as Section
-from lib.core.data_settings import Gpt2Table, RandomTable
 from lib.core.errors import EnvError, InputError, Interrupted, UserError
+from lib.core.refusal import Refused
+from lib.core.rng import torch_generator
 from lib.core.run_settings import Runtime
-from lib.data import embeddings
+from lib.data import embeddings, vector_source
 from lib.data.embeddings import Embeddings, open_store, precompute
+from lib.models import cvfp, gpt
+from lib.models.base import build
+from lib.train.final import write_final
 from tests.train.project import make_project
 
 SECTION = Section(
     source="random", mode="memmap", chunk_tokens=300, random=RandomTable(width=8, seed=1)
 )
 V = 300
+HIDDEN = cvfp.Hidden(layer=1, context=7)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def test_every_row_is_the_normalised_table_row_of_its_id(project, dtype):
     table, ids = (np.load(folder / f"{name}.npy") for name in ("table", "token_ids"))
     assert rows.offset == 4096 and np.array_equal(rows, table[ids])
     assert rows.dtype == ("float16" if dtype == "float16" else "uint16")
-    plain = torch.randn(V, 8, generator=embeddings.torch_generator(1, "embeddings"))
+    plain = torch.randn(V, 8, generator=torch_generator(1, "embeddings"))
     wanted = torch.nn.functional.layer_norm(plain, (8,), eps=1e-5)
     assert (opened(project).table() - wanted).abs().max() < 2e-2
     assert len(np.load(folder / "offsets.npy")) == manifest.counts["documents"] + 1
@@ -108,6 +115,81 @@ def test_a_killed_run_goes_on_with_the_first_missing_chunk(project):
         again = run(project, should_stop=lambda calls=calls: calls.append(1))
         assert len(calls) == chunks - stop_at, "finished chunks are not written again"
         assert again.to_bytes() == whole.to_bytes()
+
+
+@pytest.fixture
+def hidden(project):
+    """A GPT of two blocks, and the section that takes vectors from behind its first."""
+    config = gpt.Config(depth=2, width=16, heads=2, context=12)
+    model = build(gpt, config, V, seed=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)  # a zero projection would hide the past
+    card = {
+        "family": "gpt", "config": artifact.plain(config), "vocab_size": V, "context": 12,
+        "tokenizer": "unknown",
+    }  # fmt: skip
+    write_final(project / "gpt", model.state_dict(), card, {"fingerprint": "f"})
+    return model, replace(
+        SECTION, source="hidden", checkpoint=CheckpointTable(path=str(project / "gpt")),
+        hidden=HiddenVectors(layer=1, context=7),
+    )  # fmt: skip
+
+
+def test_hidden_rows_are_those_of_the_blocks_at_their_place(project, hidden):
+    model, section = hidden
+    manifest = run(project, section)
+    found = opened(project)
+    store, offsets = found.store, found.store.documents("train").offsets
+    for start, stop in itertools.pairwise(int(x) for x in offsets[:4]):
+        ids = found.ids(start, stop)
+        for first in range(0, len(ids), 7):
+            window = ids[None, first : first + 7]
+            x = model.apply_unit(0, model.embed(window, (0, 0)), (0, 0))
+            wanted = torch.nn.functional.layer_norm(x, (16,), eps=1e-5)[0]
+            own = found.rows(start + first, start + first + window.shape[1])
+            assert (own - wanted).abs().max() < 2e-3, "fp16 of numbers below 4"
+    config = cvfp.Config(
+        width=16, hidden=replace(HIDDEN, model=artifact.plain(model.config)), phase="fixed_point"
+    )
+    learner = build(cvfp, config, V, seed=1)
+    learner.read_from(found)
+    row = next(n for n in range(store.rows) if store.row_positions(n)[0] in offsets)
+    read = found.packed(np.array([row]))[0]
+    ids = torch.from_numpy(store.tokens("train", int(store.row_positions(row)[0]), len(read)))
+    alone = learner.contextual(ids.long()[:, None])[0][:, 0]
+    assert (alone - read).abs().max() < 2e-3, "the model makes what the file holds"
+    other = build(cvfp, replace(config, hidden=replace(config.hidden, layer=2)), V, seed=1)
+    with pytest.raises(UserError, match="other hidden states"):
+        other.read_from(found)
+    with pytest.raises(Refused, match="no function of the id"):
+        replace(section, mode="gather")
+    assert not manifest.counts["function_of_token"]
+
+
+def test_hidden_rows_are_the_same_bytes_after_a_kill_and_after_a_rebuild(project, hidden):
+    _, section = hidden
+    whole = run(project, section)
+    folder = artifact.scratch_folder("embeddings", whole.key)
+    files.remove_tree(folder)
+    asked = iter([None, None])
+    with pytest.raises(StopIteration):
+        run(project, section, should_stop=lambda: next(asked))
+    assert run(project, section).to_bytes() == whole.to_bytes()
+    data = bytearray((folder / "embeddings.npy").read_bytes())
+    data[5000] ^= 1
+    (folder / "embeddings.npy").write_bytes(bytes(data))
+    opened(project)
+    (folder / "blocks.safetensors").unlink()
+    with pytest.raises(InputError, match=r"blocks\.safetensors"):
+        opened(project)
+
+
+def test_hidden_states_outside_the_model_are_refused(project, hidden):
+    _, section = hidden
+    for own in (HiddenVectors(layer=3), HiddenVectors(context=13)):
+        with pytest.raises(UserError, match="outside the model"):
+            run(project, replace(section, hidden=own))
 
 
 def test_a_flipped_bit_in_the_last_chunk_is_found_and_mended(project):
@@ -180,7 +262,7 @@ def test_gpt2_is_taken_from_its_pinned_file_alone(project, monkeypatch, prefix):
             asked.append(url)
             files.write_bytes(target, data)
 
-    monkeypatch.setattr(embeddings.fetch, "fetch", fetch)
+    monkeypatch.setattr(vector_source.fetch, "fetch", fetch)
     run(project, section)
     run(project, section)
     assert len(asked) == 1

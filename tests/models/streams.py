@@ -22,6 +22,7 @@ class Stream:
         self, ids: Tensor, table: Tensor, reset_id: int | None = None, reads: bool = False
     ):
         self._ids, self._table, self.key, self.context = ids, table, "stream", 10
+        self.hidden = None
         self.tokens, self.reset_id, self.has_rows = len(ids), reset_id, reads
 
     def table(self) -> Tensor:
