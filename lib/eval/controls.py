@@ -11,15 +11,17 @@ SOURCE, TABLE = "controls.json", "controls.csv"
 
 
 def write_controls(model: Path, folder: Path) -> str | None:
-    """Write the table into `folder` and return its verdict; None where there are no controls."""
-    if not (model / SOURCE).is_file():
-        return None
-    found: dict[str, Any] = files.read_json(model / SOURCE)
+    """Write the table into `folder` and return its verdict; only a head where none were trained.
+
+    An output of every evaluation, so that DVC knows it.
+    """
+    held = (model / SOURCE).is_file()
+    found: dict[str, Any] = files.read_json(model / SOURCE) if held else {"rows": []}
     columns = list(found["rows"][0]) if found["rows"] else ["arm"]
     lines = [",".join(columns)]
     lines += [",".join(_cell(row[name]) for name in columns) for row in found["rows"]]
     files.write_bytes(folder / TABLE, ("\n".join(lines) + "\n").encode())
-    return found["verdict"]
+    return found.get("verdict")
 
 
 def _cell(value: object) -> str:

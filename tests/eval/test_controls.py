@@ -1,4 +1,4 @@
-"""controls.json becomes a table, and a model without controls has none."""
+"""controls.json becomes a table, of a model without controls an empty one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def row(arm: str, bpb: float | None, sd: float | None) -> dict:
 
 def test_the_table_has_a_line_for_each_arm(tmp_path):
     assert write_controls(tmp_path, tmp_path / "out") is None
+    assert (tmp_path / "out/controls.csv").read_text() == "arm\n"
     rows = [row("none", 2.5, None), row("phase1", 2.25, 0.01)]
     files.write_json(tmp_path / "controls.json", {"rows": rows, "verdict": "said"})
     assert write_controls(tmp_path, tmp_path / "out") == "said"
