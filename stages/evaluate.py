@@ -2,7 +2,8 @@
 
 In:  checkpoints/<run>/final, the documents and token files behind its training; the shard manifest,
      since CORE's tasks may be a source.
-Out: metrics/<run>/eval.json; beside it eval_record.json, samples.json, depth.csv, controls.csv, examples/.
+Out: metrics/<run>/eval.json; beside it eval_record.json, samples.json, depth.csv, controls.csv,
+     examples/.
 Note: a killed run continues at the block of documents, or the task, that it was scoring.
 """
 
