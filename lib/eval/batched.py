@@ -128,8 +128,7 @@ class Answerer:
         """Of every prompt, longest first."""
         shared, rows = [], []
         for example in examples:
-            spared = (len(example.spans) - 1) * len(example.shared)
-            if self.share and spared >= SHARE_LEAST:
+            if self.shares(example):
                 shared.append(example)
             else:
                 rows += [(example, j) for j in range(len(example.spans))]
@@ -137,6 +136,10 @@ class Answerer:
             for j, scores in enumerate(self._shared(task, example)):
                 yield example, j, scores
         yield from self._rows(task, rows)
+
+    def shares(self, example: Example) -> bool:
+        """Whether what its prompts begin with is run once, apart from them."""
+        return self.share and (len(example.spans) - 1) * len(example.shared) >= SHARE_LEAST
 
     def _rows(
         self, task: Task, rows: list[tuple[Example, int]]
