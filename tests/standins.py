@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.models.base import Family
 
@@ -76,7 +76,7 @@ class Causal(Family):
         return state[0][:1].expand(n).contiguous(), state[1]
 
 
-class Fixed(nn.Module):
+class Fixed(Family):
     """One distribution for every position: log-probabilities (V,)."""
 
     max_context = 16

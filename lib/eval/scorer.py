@@ -51,8 +51,10 @@ class Model(Protocol):
 
     training: bool
 
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Tokens (B, n) int64 -> logits (B, n, >= V), state."""
+    def logits_at(
+        self, tokens: Tensor, where: Tensor, state: Any = None, keep: bool = True
+    ) -> tuple[Tensor, Any]:
+        """Logits (N, >= V) of the marked positions (B, n), state."""
         ...
 
     def train(self, mode: bool = True) -> Any:
@@ -177,7 +179,9 @@ class Scorer:
             for d, ids in enumerate(documents)
             for window in plan_windows(len(ids) - free, rules.context, rules.stride, d)
         ]
-        windows.sort(key=lambda w: (-len(w), w.document, w.start))
+        # Windows that score from the same place on go together: nothing is computed before it
+        # that nobody looks at.
+        windows.sort(key=lambda w: (-len(w), w.scored - w.start, w.document, w.start))
         nats: list[list[float]] = [[] for _ in documents]
         total = np.zeros(len(documents), np.int64)
         was_training = self.model.training
@@ -247,13 +251,16 @@ class Scorer:
         device = torch.device(self.device)
         half = self.dtype != torch.float32
         try:
+            where = targets >= 0
+            at = where.to(device)
             with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=half):
-                logits, _ = self.model(tokens.to(device))
-            z = logits[..., : self.rules.vocab_size].flatten(0, 1)
+                logits, _ = self.model.logits_at(tokens.to(device), at, keep=False)
+            z = logits[:, : self.rules.vocab_size]  # (N, V)
             z = z if z.dtype == torch.float64 else z.float()
-            wanted = targets.to(device).flatten()
-            losses = F.cross_entropy(z, wanted, ignore_index=-1, reduction="none")
-            return losses.view_as(targets).cpu().numpy()
+            found = F.cross_entropy(z, targets[where].to(device), reduction="none").cpu()
+            losses = torch.zeros(targets.shape, dtype=found.dtype)
+            losses[where] = found
+            return losses.numpy()
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise

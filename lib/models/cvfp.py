@@ -386,9 +386,26 @@ class Model(Family):
         if self.learns_contexts:  # no head yet: uniform
             return self.embedding.weight.new_zeros(*tokens.shape, self.vocab_size), {}
         h, after = self.hidden(tokens, state)
+        return self._logits(h), after
+
+    def logits_at(
+        self,
+        tokens: Tensor,
+        where: Tensor,
+        state: Mapping[str, Any] | None = None,
+        keep: bool = True,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (N, V) of the marked positions (B, T) alone, and the state."""
+        if self.learns_contexts:
+            return super().logits_at(tokens, where, state)
+        h, after = self.hidden(tokens, state)
+        return self._logits(h[where]), after
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """What the layers made (..., d) -> (..., V), fp32 at least."""
         weight, bias, h = self._head(h)
         logits = F.linear(h, weight, bias)
-        return logits if logits.dtype == torch.float64 else logits.float(), after
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _head(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(rows (V, e), bias (V,), what they are multiplied with)."""

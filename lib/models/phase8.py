@@ -180,6 +180,14 @@ class Model(Family):
         start = state.position if state else 0
         return self.table.logits(x), State(start + tokens.shape[1], layers)
 
+    def logits_at(
+        self, tokens: Tensor, where: Tensor, state: State | None = None, keep: bool = True
+    ) -> tuple[Tensor, State]:
+        """Logits (N, V) of the marked positions (B, n) alone, and the state."""
+        x, layers = self.hidden(tokens, state)
+        start = state.position if state else 0
+        return self.table.logits(x[where]), State(start + tokens.shape[1], layers)
+
     def losses(self, batch: Batch) -> Iterator[Tensor]:
         """One loss: mean cross-entropy of the batch's targets."""
         yield self.table.loss(self.hidden(batch.tokens)[0], batch.targets)

@@ -10,7 +10,7 @@ Letters: B batch, T context, n positions of this call, V vocabulary, L layers, d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -160,18 +160,35 @@ class Model(Family):
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, n) int64 -> logits (B, n, V), and the state that continues the rows."""
+        with self.in_place() as unit:
+            h, kept = self.hidden(tokens, state, unit)
+            return F.linear(h, self._head()), kept
+
+    def logits_at(
+        self, tokens: Tensor, where: Tensor, state: State | None = None, keep: bool = True
+    ) -> tuple[Tensor, State]:
+        """Logits (N, V) of the marked positions (B, n) alone, and the state."""
+        with self.in_place() as unit:
+            h, kept = self.hidden(tokens, state, unit)
+            return F.linear(h[where], self._head()), kept
+
+    def hidden(
+        self, tokens: Tensor, state: State | None, unit: Callable[[int], AbstractContextManager]
+    ) -> tuple[Tensor, State]:
+        """tokens (B, n) -> the final normed h (B, n, d), and the state.
+
+        unit(i): inside it block i has its weights.
+        """
         start = state.position if state else 0
         keys, values = [], []
-        with self.in_place() as unit:
-            h = self.embed(tokens, start=start)
-            for i, block in enumerate(self.blocks):
-                past = (state.keys[i], state.values[i]) if state else None
-                with unit(i):
-                    h, k, v = block(h, past)
-                keys.append(k)
-                values.append(v)
-            logits = F.linear(self.ln_f(h), self._head())
-        return logits, State(start + tokens.shape[1], tuple(keys), tuple(values))
+        h = self.embed(tokens, start=start)
+        for i, block in enumerate(self.blocks):
+            past = (state.keys[i], state.values[i]) if state else None
+            with unit(i):
+                h, k, v = block(h, past)
+            keys.append(k)
+            values.append(v)
+        return self.ln_f(h), State(start + tokens.shape[1], tuple(keys), tuple(values))
 
     def losses(self, batch: Batch) -> Iterator[Tensor]:
         """One loss: mean cross-entropy of the batch's targets."""

@@ -15,6 +15,7 @@ from lib.eval import baselines
 from lib.eval.baselines import Bigram, bigram_bpb, compressed_bpb, read_chunks
 from lib.eval.bpb import measure
 from lib.eval.scorer import Rules, Scorer
+from lib.models.base import Family
 from tests.eval.test_bpb import DOCUMENTS, text_of
 from tests.standins import ByteTokenizer
 
@@ -82,7 +83,7 @@ def test_bigram_follows_the_models_protocol(boundary, stride):
     bigram = Bigram.count([train], V)
     log_probs = torch.from_numpy(np.log(table(bigram)))
 
-    class Model(torch.nn.Module):
+    class Model(Family):
         def forward(self, tokens, state=None):
             return log_probs[tokens], None
 
