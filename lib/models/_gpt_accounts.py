@@ -23,7 +23,7 @@ def scaling_params(config: Config, vocab_size: int) -> int:
     if s.optim == "modern":
         return matrices
     scalars = 2 * config.depth * s.resid_mix + s.smear * (min(SMEAR_INPUTS, d) + 1) + s.backout
-    return matrices + rows * d + tables * rows * K * d // H + scalars
+    return matrices + (rows + s.bigram) * d + tables * rows * K * d // H + scalars
 
 
 def reference_params(config: Config, vocab_size: int) -> int:

@@ -47,11 +47,12 @@ class Attention(nn.Module):
         engine: str,
         since: int = 0,
         keep: bool = True,
+        reach: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """normed x (B, n, d), value embeddings (B, n, K D) -> output, and all k, v so far.
 
         since: positions before it are looked at, but have no output. keep: False where nobody asks
-        for k and v.
+        for k and v. reach: looks back no further than that, whatever the layer's window.
         """
         K = self.kv_heads
         q = self.q(x[:, since:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, D)
@@ -68,7 +69,8 @@ class Attention(nn.Module):
         else:
             if past is not None:
                 k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-            out = causal_attention(q, k, v, window=self.window, scale=self.scale, engine=engine)
+            window = self.window if reach is None else min(self.window or reach, reach)
+            out = causal_attention(q, k, v, window=window, scale=self.scale, engine=engine)
         return self.o(out.transpose(1, 2).flatten(2)), k, v
 
 

@@ -45,7 +45,7 @@ def initial(config: Config, name: str, shape: torch.Size, draw: torch.Generator)
             return 1.15 - 0.10 * slope
         case "skip":
             return 0.20 - 0.15 * slope
-        case "smear_scale":
+        case "smear_scale" | "pairs":
             return torch.zeros(shape)
         case "backout":
             return torch.full(shape, 0.2)
@@ -100,6 +100,7 @@ def _adamw_table(
         "head": (0.004 * m, (0.8, 0.95), 0.0),
         "wte": (0.2 * m, (0.8, 0.95), 0.0),
         "value_tables": (0.15 * m * eta, (0.8, 0.995), 0.01),
+        "pairs": (0.15 * m * eta, (0.8, 0.95), 0.0),
         "resid": (0.005 * eta, (0.8, 0.95), 0.05),
         "skip": (0.5 * eta, (0.96, 0.95), 0.0),
         "scalars": (0.2, (0.8, 0.95), 0.0),

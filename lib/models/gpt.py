@@ -48,6 +48,8 @@ from lib.nn.linear import Linear, Table, require_fp8
 from lib.nn.norm import rms_norm
 from lib.nn.rope import rope_tables
 
+PAIR_PRIMES = (2_654_435_761, 805_459_861)  # products with ids stay below 2^63
+
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
@@ -61,6 +63,7 @@ class Switches:
     smear: bool
     value_embedding: bool
     backout: bool
+    bigram: int
     vocab_pad: int
     init: Literal["base", "modern"]
     optim: Literal["base", "modern"]
@@ -69,11 +72,11 @@ class Switches:
 _OFF = {"resid_mix": False, "smear": False, "value_embedding": False, "backout": False}
 VARIANTS = {
     "base": Switches(
-        rope_theta=10_000.0, qk_scale=1.0, softcap=15.0, windows="L", vocab_pad=1,
+        rope_theta=10_000.0, qk_scale=1.0, softcap=15.0, windows="L", vocab_pad=1, bigram=0,
         init="base", optim="base", **_OFF,
     ),
     "modern": Switches(
-        rope_theta=100_000.0, qk_scale=1.2, softcap=15.0, windows="SSSL", vocab_pad=64,
+        rope_theta=100_000.0, qk_scale=1.2, softcap=15.0, windows="SSSL", vocab_pad=64, bigram=0,
         init="modern", optim="modern", **dict.fromkeys(_OFF, True),
     ),
 }  # fmt: skip
@@ -128,9 +131,11 @@ class Config:
     smear: bool | None = None  # each embedding takes up some of the one before it
     value_embedding: bool | None = None  # every second layer adds a token table to v
     backout: bool | None = None  # the final norm sees x minus part of the middle x
+    bigram: int | None = None  # rows of a table for pairs of ids, hashed; 0 = off
     vocab_pad: int | None = None  # rows of the tables are a multiple of it
     init: Literal["base", "modern"] | None = None
     optim: Literal["base", "modern"] | None = None
+    window_warmup: int = 0  # steps of training in which attention's reach grows to T, 0 = off
     fp8: bool = False  # training matmuls in fp8
     loss_chunk: int | Literal["auto"] = "auto"  # rows whose logits exist at once in the loss
     embedding_dtype: Literal["float32", "bfloat16"] = "float32"  # of wte and value embeddings
@@ -143,6 +148,8 @@ class Config:
             (self.variant not in VARIANTS, "variant", self.variant, "use base or modern"),
             (self.context < 2, "context", self.context, "use 2 or more"),
             (s.vocab_pad < 1, "vocab_pad", s.vocab_pad, "use 1 or more"),
+            (s.bigram != 0 and s.bigram < 2, "bigram", s.bigram, "use 0 for off, or 2 or more"),
+            (self.window_warmup < 0, "window_warmup", self.window_warmup, "use 0 or more"),
             ((self.width is None) != (self.heads is None), "width", self.width,
              "give both width and heads, or neither"),
             (bool(set(s.windows) - {"S", "L"}) or not s.windows, "windows", s.windows,
@@ -189,6 +196,12 @@ class Config:
         letters = [pattern[i % len(pattern)] for i in range(self.depth - 1)] + ["L"]
         return [short if letter == "S" else None for letter in letters]
 
+    def reach(self, step: int) -> int | None:
+        """Keys before its own that training's attention sees at `step` at most: quarters of T."""
+        if step >= self.window_warmup:
+            return None
+        return -(-self.context // 4) * (1 + 4 * step // self.window_warmup)
+
     def value_layers(self) -> list[int]:
         """Layers that have a value table: every second one, the last always."""
         first = (self.depth - 1) % 2 if self.switches.value_embedding else self.depth
@@ -204,6 +217,7 @@ class Config:
         sizes = dict(zip(("width", "heads", "kv_heads"), self.shape, strict=True))
         said = {"variant", "aspect_ratio", "head_dim"}
         training = {"context", "init", "optim", "fp8", "loss_chunk", "embedding_dtype"}
+        training.add("window_warmup")
         found = {**asdict(self), **asdict(self.switches), **sizes}
         return {name: value for name, value in found.items() if name not in said | training}
 
@@ -212,9 +226,10 @@ class Config:
 
 
 class State(NamedTuple):
-    """Rows so far: length, last embedding (B, 1, d), k and v (B, K, m, D) of each layer."""
+    """Rows so far: length, last id (B, 1) and embedding (B, 1, d); k, v (B, K, m, D) by layer."""
 
     position: int
+    last_id: Tensor
     last: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -238,6 +253,8 @@ class Model(Family):
         self.head = Linear(d, rows)
         tables = {str(i): Table(rows, K * d // H, dtype) for i in config.value_layers()}
         self.value_tables = nn.ModuleDict(tables)
+        if s.bigram:
+            self.pairs = Table(s.bigram, d, dtype)
         if s.smear:
             self.smear = Linear(min(SMEAR_INPUTS, d), 1)
             self.smear_scale = nn.Parameter(torch.empty(()))  # lambda
@@ -254,18 +271,23 @@ class Model(Family):
         keep: bool = False,
         unit: Callable[[int], AbstractContextManager[Any]] = nullcontext,
         since: int = 0,
+        reach: int | None = None,
     ) -> tuple[Tensor, State | None]:
         """tokens (B, n) -> the final normed x (B, n, d), and the state where `keep` asks for it.
 
         unit(i): inside it block i has its weights. since: x begins there; of positions before it
-        the last block makes only what others look at, a sixth of its products.
+        the last block makes only what others look at, a sixth of its products. reach: most keys
+        that any layer looks back at.
         """
         s, n, start = self.switches, tokens.shape[1], state.position if state else 0
         dtype, wide = self._dtypes(tokens.device)
         e = rms_norm(self.wte(tokens).to(wide))
-        x = x0 = self._smeared(e, state) if s.smear else e
-        rope = rope_tables(start, n, self.head_dim, s.rope_theta, x.device, dtype)
-        middle, keys, values = x, [], []
+        x0 = self._smeared(e, state) if s.smear else e
+        if s.bigram:
+            x0 = x0 + self.pairs(self._pair_rows(tokens, state)).to(wide)
+        rope = rope_tables(start, n, self.head_dim, s.rope_theta, e.device, dtype)
+        x = middle = x0
+        keys, values = [], []
         for i, block in enumerate(self.blocks):
             if s.resid_mix:
                 x = self.resid[i] * x + self.skip[i] * x0
@@ -273,16 +295,19 @@ class Model(Family):
             past = (state.keys[i], state.values[i]) if state else None
             wanted = since if i == len(self.blocks) - 1 else 0
             with unit(i):
-                x, k, v = self.run_block(block, x, rope, table, past, self.attention, wanted, keep)
+                x, k, v = self.run_block(
+                    block, x, rope, table, past, self.attention, wanted, keep, reach
+                )
             if keep:  # a windowed layer never looks back further than its window
-                reach = self.windows[i] or k.shape[2]
-                keys.append(k[:, :, -reach:])
-                values.append(v[:, :, -reach:])
+                seen = self.windows[i] or k.shape[2]
+                keys.append(k[:, :, -seen:])
+                values.append(v[:, :, -seen:])
             if i == self.config.depth // 2:
                 middle = x
         x = rms_norm(x - self.backout * middle[:, -x.shape[1] :] if s.backout else x)
-        kept = State(start + n, e[:, -1:], tuple(keys), tuple(values)) if keep else None
-        return x, kept
+        if not keep:
+            return x, None
+        return x, State(start + n, tokens[:, -1:], e[:, -1:], tuple(keys), tuple(values))
 
     def _smeared(self, e: Tensor, state: State | None) -> Tensor:
         """e_t + lambda sigma(w . e_t[:c]) e_(t-1); before the first position there is nothing."""
@@ -290,6 +315,20 @@ class Model(Family):
         before = torch.cat((first, e[:, :-1]), dim=1)
         gate = torch.sigmoid(self.smear(e[..., : self.smear.weight.shape[1]]))
         return e + (self.smear_scale * gate * before).to(e.dtype)
+
+    def _pair_rows(self, tokens: Tensor, state: State | None) -> Tensor:
+        """Row (B, n) for the id before and this one, by a spatial hash (arXiv 2201.05989 eq. 4).
+
+        Row 0 is the first position's, which has no id before it.
+        """
+        first = tokens[:, :1] if state is None else state.last_id
+        before = torch.cat((first, tokens[:, :-1]), dim=1)
+        rows = 1 + ((before * PAIR_PRIMES[0]) ^ (tokens * PAIR_PRIMES[1])) % (
+            self.switches.bigram - 1
+        )
+        if state is None:
+            rows[:, 0] = 0
+        return rows
 
     def _dtypes(self, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """Of the matmuls and of the residual stream, which under autocast keeps the table's."""
@@ -317,7 +356,7 @@ class Model(Family):
         """Views of row 0: nothing here writes into a state."""
         repeat = lambda x: x[:1].expand(n, *x.shape[1:])  # noqa: E731
         return State(
-            state.position, repeat(state.last),
+            state.position, repeat(state.last_id), repeat(state.last),
             tuple(map(repeat, state.keys)), tuple(map(repeat, state.values)),
         )  # fmt: skip
 
@@ -334,7 +373,8 @@ class Model(Family):
             moment = (batch.step, batch.first_row)
             yield self.engine.loss(batch.tokens, batch.targets, moment)
             return
-        yield self._cross_entropy(batch.tokens, batch.targets, "mean")
+        reach = self.config.reach(batch.step)
+        yield self._cross_entropy(batch.tokens, batch.targets, "mean", reach)
 
     # ------------------------------------------------------------ in the units that are streamed
 
@@ -346,11 +386,14 @@ class Model(Family):
     def stream_units(self) -> Sequence[nn.Module]:
         """The blocks; UserError where more than x goes from one to the next."""
         s = self.switches
-        for name in ("resid_mix", "value_embedding", "backout", "smear"):
-            if getattr(s, name):
-                raise UserError(
-                    "blocks cannot be streamed", value=name, remedy="set runtime.stream: off"
-                )
+        names = ("resid_mix", "value_embedding", "backout", "smear", "bigram")
+        in_use = [n for n in names if getattr(s, n)] + ["window_warmup"] * (
+            self.config.window_warmup > 0
+        )
+        if in_use:
+            raise UserError(
+                "blocks cannot be streamed", value=in_use[0], remedy="set runtime.stream: off"
+            )
         return list(self.blocks)
 
     def embed(self, tokens: Tensor, moment: tuple[int, int]) -> Tensor:
@@ -372,9 +415,11 @@ class Model(Family):
         """Cross-entropy by position (B, T), without the logits of all positions."""
         return self._cross_entropy(tokens, targets, "none")
 
-    def _cross_entropy(self, tokens: Tensor, targets: Tensor, reduction: Any) -> Tensor:
+    def _cross_entropy(
+        self, tokens: Tensor, targets: Tensor, reduction: Any, reach: int | None = None
+    ) -> Tensor:
         with self.in_place() as unit:
-            x, _ = self.hidden(tokens, unit=unit)
+            x, _ = self.hidden(tokens, unit=unit, reach=reach)
             return self._from_hidden(x, targets, reduction)
 
     def _from_hidden(self, x: Tensor, targets: Tensor, reduction: Any) -> Tensor:

@@ -33,6 +33,7 @@ SWITCHES = {
     "smear": {"smear": True},
     "value_embedding": {"value_embedding": True},
     "backout": {"backout": True},
+    "bigram": {"bigram": 31},
     "vocab_pad": {"vocab_pad": 64},
     "init": {"init": "modern"},
     "optim": {"optim": "modern"},
@@ -256,6 +257,9 @@ def restated(model: Model, row: Tensor) -> Tensor:
     for t in range(1, T if s.smear else 1):
         gate = torch.sigmoid(w["smear.weight"][0] @ e[t][:24])
         x0[t] = e[t] + w["smear_scale"] * gate * e[t - 1]
+    for t in range(T if s.bigram else 0):
+        pair = (int(row[t - 1]) * 2_654_435_761) ^ (int(row[t]) * 805_459_861)
+        x0[t] = x0[t] + w["pairs.weight"][1 + pair % (s.bigram - 1) if t else 0]
     x, middle = list(x0), []
     for i in range(L):
         if s.resid_mix:
@@ -349,6 +353,7 @@ def test_gradient_reaches_every_parameter(case):
 
 
 NEUTRAL = {
+    "bigram": {"pairs.weight": 0.0},
     "smear": {"smear_scale": 0.0},
     "backout": {"backout": 0.0},
     "resid_mix": {"resid": 1.0, "skip": 0.0},
@@ -382,6 +387,35 @@ def test_a_new_switch_changes_no_other_tensor():
     assert len(own) > len(base.state_dict())
     for name, value in base.state_dict().items():
         assert torch.equal(value, own[name]), name
+
+
+def test_reach_grows_by_quarters_and_then_hides_nothing():
+    config = config_of("base", context=10, window_warmup=8)
+    assert [config.reach(step) for step in range(10)] == [3, 3, 6, 6, 9, 9, 12, 12, None, None]
+    assert config_of("base").reach(0) is None
+
+
+@pytest.mark.parametrize("case", ["base", "windows", "modern_grouped"])
+def test_window_warmup_hides_what_is_far_in_training_alone(case):
+    """One layer, changed first id: the loss of positions beyond the reach may not move."""
+    model = make(config_of(case, depth=1, context=20, smear=False, window_warmup=4))
+    tokens, targets = ids(2, 20), ids(2, 20, seed=3)
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % V
+    by_step = lambda x, step: model._cross_entropy(  # noqa: E731
+        x, targets, "none", model.config.reach(step)
+    )
+    with torch.no_grad():
+        for step, reach in enumerate((5, 10, 15, 20)):
+            gap = (by_step(tokens, step) - by_step(changed, step)).abs()
+            assert (gap[:, : reach + 1] > 0).all() and (gap[:, reach + 1 :] == 0).all()
+        one = batch(2, 20)
+        losses = []
+        for one.step in (0, 3, 4):
+            losses.append(next(iter(model.losses(one))))
+        whole = model.token_losses(one.tokens, one.targets).mean()
+    assert losses[0] != losses[1]
+    assert torch.allclose(losses[1], losses[2]) and torch.allclose(losses[2], whole)
 
 
 def test_windows_hide_what_is_out_of_reach():
@@ -501,6 +535,19 @@ def test_compiled_in_one_graph_gives_the_same_losses():
     assert next(iter(model.losses(one))).item() == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_growing_reach_compiles_too():
+    """Four lengths of the window and then none: each traces in one graph."""
+    model = make(config_of("base", depth=2, window_warmup=4))
+    plain = make(config_of("base", depth=2, window_warmup=4))
+    for name in model.compiled:
+        compiled = torch.compile(getattr(model, name), fullgraph=True, backend="aot_eager")
+        setattr(model, name, compiled)
+    one = batch(2, 20)
+    for one.step in range(5):
+        want, found = (next(iter(m.losses(one))).item() for m in (plain, model))
+        assert found == pytest.approx(want, rel=1e-5)
+
+
 def test_bf16_stream_works_with_bf16_tables():
     model = make(config_of("modern", embedding_dtype="bfloat16"))
     with torch.autocast("cpu", torch.bfloat16):
@@ -531,6 +578,8 @@ def test_repeated_state_continues_as_the_row_it_came_from():
         ({"width": 64}, "both width and heads"),
         ({"windows": "SXL"}, "not X"),
         ({"context": 1}, "context: 1"),
+        ({"bigram": 1}, "0 for off, or 2"),
+        ({"window_warmup": -1}, "window_warmup: -1"),
         ({"embedding_dtype": "float16"}, "unscale float16"),
         ({"depth": 0}, "depth: 0"),
         ({"softcap": -1.0}, "softcap: -1.0"),
