@@ -7,8 +7,8 @@ FIRST_BLOCK = 131_072  # tokens that sweep 0 holds at once
 
 
 def graph_bytes(depth: int, width: int, wide: int = 4, narrow: int = 4) -> int:
-    """Of one token of a learning step: states wide, rectified parts in the matmul's type."""
-    return depth * width * (wide + narrow)
+    """Of one token of a learning step: LN's inputs wide, two more in the matmul's type."""
+    return depth * width * (wide + 2 * narrow)
 
 
 def sweep_bytes(

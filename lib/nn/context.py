@@ -2,9 +2,9 @@
 
     z^0 = c_{t-1},  z^l = LN_l(z^{l-1} + relu(A_l z^{l-1} + B_l u_t + b_l)),  c_t = z^L  (cvfp.md 2)
 
-One function, `trajectory`, steps over time with all rows in parallel; with one time step it is the
-one-step map that Jacobi sweeps apply to every row of a chunk. Its backward is written by hand: kept
-are the states (wide) and the rectified parts (compute dtype), 6 bytes a channel and layer in bf16.
+`trajectory` steps over time with all rows in parallel; lib.nn.one_step is the map of a single step.
+Its backward is written by hand: kept are the states (wide) and the rectified parts (compute dtype),
+6 bytes a channel and layer in bf16.
 Letters: T time, B rows, L layers, d width, e input width. State and LN are fp32 (fp64 stays fp64),
 matmul inputs are in the compute dtype.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPS = 1e-5
-SLICE = 4  # time steps whose token side `halo` holds at once
 WEIGHT_SCALE = 15.36  # variance times inputs of first weights: 0.1 at 1,536 inputs
 
 Activation = Callable[[Tensor], Tensor]
@@ -65,6 +64,13 @@ class Weights:
     gain: tuple[Tensor, ...]  # (d,); constants where LN has no affine
     offset: tuple[Tensor, ...]
     gelu: bool = False
+    _narrow: dict[torch.dtype, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
+
+    def narrow(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A in `dtype`, converted once: these weights are those of one step."""
+        if dtype not in self._narrow:
+            self._narrow[dtype] = tuple(a.detach().to(dtype) for a in self.A)
+        return self._narrow[dtype]
 
     @classmethod
     def of(cls, layers: nn.ModuleList, gelu: bool = False) -> Weights:
@@ -128,10 +134,12 @@ def trajectory(
     needs = torch.is_grad_enabled() and any(x.requires_grad for x in (c0, *flat))
     with torch.autocast(c0.device.type, enabled=False):
         if needs:
-            made = _Trajectory.apply(c0.to(wide), mask, weights.gelu, owned, *flat)
+            narrow = weights.narrow(P[0].dtype)
+            made = _Trajectory.apply(c0.to(wide), mask, weights.gelu, owned, narrow, *flat)
             return list(made)  # type: ignore[arg-type]  # a tuple
         R = list(P) if owned else [P[0].new_empty(1, *P[0].shape[1:]) for _ in P]
-        return _step_through(c0.to(wide), mask, weights.gelu, _four(flat), R)[0]
+        narrow = weights.narrow(P[0].dtype)
+        return _step_through(c0.to(wide), mask, weights.gelu, narrow, _four(flat), R)[0]
 
 
 def _four(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -140,18 +148,23 @@ def _four(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def _step_through(
-    c0: Tensor, keep: Tensor | None, gelu: bool, four: list[Sequence[Tensor]], R: list[Tensor]
+    c0: Tensor,
+    keep: Tensor | None,
+    gelu: bool,
+    narrow: Sequence[Tensor],
+    four: list[Sequence[Tensor]],
+    R: list[Tensor],
 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """Z of `trajectory` and LN's statistics. R: where relu's output (gelu's input) goes, L of
 
     (T, B, d), P itself where nobody needs it; or of (1, B, d), written over at every step.
     """
-    P, A, gain, offset = four
+    P, _, gain, offset = four
     T, B, d = P[0].shape
     L, dtype = len(P), P[0].dtype
     Z = [c0.new_empty(T, B, d) for _ in range(L)]
     stats = [(c0.new_empty(T, B, 1), c0.new_empty(T, B, 1)) for _ in range(L)]
-    transposed = [a.to(dtype).t() for a in A]
+    transposed = [a.t() for a in narrow]
     z = c0
     for t in range(T):
         if keep is not None:
@@ -173,12 +186,12 @@ class _Trajectory(torch.autograd.Function):
     """The steps above with backpropagation through time."""
 
     @staticmethod
-    def forward(ctx, c0, keep, gelu, owned, *flat):  # type: ignore[override]
+    def forward(ctx, c0, keep, gelu, owned, narrow, *flat):  # type: ignore[override]
         P = flat[: len(flat) // 4]
         R = list(P) if owned else [torch.empty_like(p) for p in P]
-        Z, stats = _step_through(c0, keep, gelu, _four(flat), R)
+        Z, stats = _step_through(c0, keep, gelu, narrow, _four(flat), R)
         L = len(Z)
-        ctx.gelu, ctx.has_keep = gelu, keep is not None
+        ctx.gelu, ctx.has_keep, ctx.narrow = gelu, keep is not None, narrow
         ctx.save_for_backward(
             c0, keep if keep is not None else c0.new_empty(0), *Z, *R,
             *(s for pair in stats for s in pair), *flat[L:],
@@ -191,13 +204,13 @@ class _Trajectory(torch.autograd.Function):
         c0, keep, *rest = ctx.saved_tensors
         L = len(dZ)
         Z, R = rest[:L], rest[L : 2 * L]
-        flat_stats, (A, gain, offset) = rest[2 * L : 4 * L], _thirds(rest[4 * L :])
+        flat_stats, (_, gain, offset) = rest[2 * L : 4 * L], _thirds(rest[4 * L :])
         keep = keep if ctx.has_keep else None
         T, _, d = Z[0].shape
         dtype, wide = R[0].dtype, c0.dtype
-        narrow = [a.to(dtype) for a in A]
+        narrow = ctx.narrow
         dP = [torch.empty_like(r) for r in R]
-        dgain, doffset = ([torch.zeros(d, dtype=wide, device=c0.device) for _ in A] for _ in "ab")
+        dgain, doffset = ([torch.zeros(d, dtype=wide, device=c0.device) for _ in Z] for _ in "ab")
         c_before = c0 if T == 1 else torch.cat((c0[None], Z[-1][:-1]))
         first = c_before.view(T, *c0.shape) if T == 1 else c_before
         first = first if keep is None else first * keep
@@ -235,9 +248,7 @@ class _Trajectory(torch.autograd.Function):
         ]
         return (
             dc if ctx.needs_input_grad[0] else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
             *dP,
             *dA,
             *dgain,
@@ -252,11 +263,6 @@ def _thirds(flat: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def one_step(c: Tensor, P: Sequence[Tensor], weights: Weights, *, owned: bool = False) -> Tensor:
-    """f on every row at once: c (n, d), P: L of (n, d) -> (n, d). owned: as in `trajectory`."""
-    return trajectory(c, [p[None] for p in P], weights, owned=owned)[-1].squeeze(0)
 
 
 # ---------------------------------------------------------------- token side by table
@@ -322,98 +328,6 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, upstream):  # type: ignore[override]
         ctx.gradients.index_add_(0, ctx.index, upstream.to(ctx.gradients.dtype))
         return None, None, None, None
-
-
-# ---------------------------------------------------------------- solvers of one stream
-
-
-@dataclass
-class Repairs:
-    """What `halo` had to do again."""
-
-    segments: int = 0
-    tokens: int = 0
-
-
-def halo(
-    c0: Tensor,
-    token_side: Callable[[Tensor], list[Tensor]],
-    count: int,
-    weights: Weights,
-    *,
-    segment: int,
-    warm: int,
-    tol: float,
-    keep: Tensor | None = None,
-    repairs: Repairs | None = None,
-) -> Tensor:
-    """c of `count` consecutive tokens, (count, d): segments stepped in parallel, then repaired.
-
-    c0 (d,) is the true state before the first token. token_side(positions (T, B)) gives P. Segments
-    of `segment` tokens are warmed from 0 over `warm` tokens; where the warm start differs from the
-    end of the segment before by more than `tol` (rms), the segment is stepped again from that end
-    until new and stored rows agree. The warm-up length alone is no bound (cvfp.md 7.1).
-    """
-    starts = torch.arange(0, count, segment)
-    warm = min(warm, segment)
-
-    def kept(at: Tensor) -> Tensor | None:
-        return None if keep is None else keep[at.clamp(0, count - 1)]
-
-    def advance(c: Tensor, at: Tensor, out: Tensor | None = None) -> Tensor:
-        """The states after the tokens `at` (T, B), all of them in out (B, T, d)."""
-        for first in range(0, len(at), SLICE):
-            here = at[first : first + SLICE]
-            z = trajectory(c, token_side(here), weights, kept(here), owned=True)[-1]
-            c = z[-1]
-            if out is not None:
-                out[:, first : first + SLICE] = z.transpose(0, 1)
-        return c
-
-    c = c0.new_zeros(len(starts), len(c0))
-    if warm and len(starts) > 1:
-        c[1:] = advance(c[1:], starts[1:] + torch.arange(-warm, 0)[:, None])
-    c[0] = c0
-    inside = (starts + torch.arange(segment)[:, None]).clamp(max=count - 1)  # (segment, B)
-    Z = c0.new_empty(len(starts), segment, len(c0))
-    advance(c, inside, Z)
-    begun = c  # (B, d): the state that each segment was stepped from
-    while True:
-        ends = torch.cat((c0[None], Z[:-1, -1]))
-        wrong = ((ends - begun).square().mean(-1).sqrt() > tol).nonzero().flatten()
-        if not len(wrong):
-            return Z.flatten(0, 1)[:count]
-        begun = begun.clone()
-        begun[wrong] = ends[wrong]
-        redone = _repair(Z, ends[wrong], wrong, inside, token_side, weights, kept, tol)
-        if repairs is not None:
-            repairs.segments += len(wrong)
-            repairs.tokens += redone
-
-
-def _repair(Z, c, rows, at, token_side, weights, kept, tol) -> int:  # type: ignore[no-untyped-def]
-    """Step segments `rows` again from `c` until their stored rows agree; tokens redone."""
-    redone = 0
-    for t in range(Z.shape[1]):
-        here = at[t : t + 1, rows]
-        c = trajectory(c, token_side(here), weights, kept(here))[-1][0]
-        differ = (c - Z[rows, t]).square().mean(-1).sqrt() > tol / 8
-        Z[rows, t] = c
-        redone += len(rows)
-        rows, c = rows[differ], c[differ]
-        if not len(rows):
-            break
-    return redone
-
-
-def warm_tokens(rho: float, tol: float, longest: int) -> int:
-    """ceil(ln tol / ln rho) tokens after which a difference of 1 has shrunk to tol; `longest` at
-
-    most, also where the map does not contract.
-    """
-    if rho >= 1:
-        return longest
-    return min(longest, max(1, math.ceil(math.log(tol) / math.log(max(rho, 1e-9)))))
 
 
 def shifts(

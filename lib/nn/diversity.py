@@ -36,9 +36,9 @@ class Diversity:
         """Rows c (n, d) of pass 1."""
         c = c.detach()
         self.n += len(c)
-        sums = [c.sum(0, dtype=torch.float64)]
+        sums = [c.sum(0).double()]  # of one micro-batch; over these in fp64
         if self.kind in ("mcdl", "oacd"):
-            sums.append(c.square().sum(dtype=torch.float64))
+            sums.append(torch.linalg.vector_norm(c).double().square())
         elif self.kind == "sigreg":
             assert self.directions is not None
             angles = (c @ self.directions.to(c.dtype).t())[..., None] * _points(c)  # (n, R, W)
@@ -47,8 +47,8 @@ class Diversity:
             sums.append((c.t() @ c).double())
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
 
-    def finish(self) -> tuple[Tensor, Gradient]:
-        """(value, dL/dc for rows c), over the rows of all ranks."""
+    def finish(self, weight: float = 1.0) -> tuple[Tensor, Gradient]:
+        """(value, `weight` times dL/dc for rows c), over the rows of all ranks."""
         if dist.is_initialized():
             count = torch.tensor(float(self.n), device=self._sums[0].device, dtype=torch.float64)
             for part in (count, *self._sums):
@@ -56,39 +56,41 @@ class Diversity:
             self.n = int(count)
         m = self._sums[0] / self.n
         if self.kind == "sigreg":
-            return self._sigreg()
+            return self._sigreg(weight)
         if self.kind in ("mcdl", "oacd"):
-            return self._spread(m)
+            return self._spread(m, weight)
         S = self._sums[1] / self.n - torch.outer(m, m)
-        return self._vicreg(m, S) if self.kind == "vicreg" else self._logdet(m, S)
+        find = self._vicreg if self.kind == "vicreg" else self._logdet
+        return find(m, S, weight)
 
-    def _spread(self, m: Tensor) -> tuple[Tensor, Gradient]:
+    def _spread(self, m: Tensor, weight: float) -> tuple[Tensor, Gradient]:
         n, d = self.n, len(m)
         norm = (self._sums[1] - n * m.square().sum()).clamp(min=1e-30).sqrt()  # |c^|_F
         value, slope = -norm / math.sqrt(n * d), -1 / (math.sqrt(n * d) * norm)
         pull = torch.zeros_like(m)
         if self.kind == "oacd":
             value, pull = value + OFF_CENTRE * m.square().sum() / d, 2 * OFF_CENTRE * m / (n * d)
-        # slope (c - m) + pull, with constants folded
-        return value, lambda c: c * slope.to(c.dtype) + (pull - slope * m).to(c.dtype)
+        # weight (slope (c - m) + pull) in one pass over c
+        shift, factor = weight * (pull - slope * m), weight * float(slope)
+        return value, lambda c: torch.add(shift.to(c.dtype), c, alpha=factor)
 
-    def _vicreg(self, m: Tensor, S: Tensor) -> tuple[Tensor, Gradient]:
+    def _vicreg(self, m: Tensor, S: Tensor, weight: float) -> tuple[Tensor, Gradient]:
         n, d = self.n, len(m)
         S1 = S * (n / (n - 1))
         deviation = (S1.diagonal() + VARIANCE_EPS).sqrt()
         off = S1 - S1.diagonal().diag()
         value = (1 - deviation).clamp(min=0).mean() + COVARIANCE_WEIGHT * off.square().sum() / d
         G = COVARIANCE_WEIGHT * (2 / d) * off - ((deviation < 1) / (2 * d * deviation)).diag()
-        return value, _affine(G * (2 / (n - 1)), m)
+        return value, _affine(G * (2 * weight / (n - 1)), m)
 
-    def _logdet(self, m: Tensor, S: Tensor) -> tuple[Tensor, Gradient]:
+    def _logdet(self, m: Tensor, S: Tensor, weight: float) -> tuple[Tensor, Gradient]:
         n, d = self.n, len(m)
         ridged = S + RIDGE * torch.eye(d, dtype=S.dtype, device=S.device)
         factor = torch.linalg.cholesky(ridged)
         value = math.log1p(RIDGE) - 2 * factor.diagonal().log().sum() / d
-        return value, _affine(torch.cholesky_inverse(factor) * (-2 / (n * d)), m)
+        return value, _affine(torch.cholesky_inverse(factor) * (-2 * weight / (n * d)), m)
 
-    def _sigreg(self) -> tuple[Tensor, Gradient]:
+    def _sigreg(self, weight: float) -> tuple[Tensor, Gradient]:
         assert self.directions is not None
         a, n = self.directions.double(), self.n
         w = _points(a)
@@ -97,7 +99,7 @@ class Diversity:
         h[0] = h[-1] = h[0] / 2  # trapezium
         real, imaginary = self._sums[1] / n - target, self._sums[2] / n  # (R, W)
         value = ((real.square() + imaginary.square()) * target * h).sum(1).mean()
-        scale = 2 / (len(a) * n) * h * target * w
+        scale = 2 * weight / (len(a) * n) * h * target * w
 
         def gradient(c: Tensor) -> Tensor:
             project = a.to(c.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lib.core.rng import torch_generator
-from lib.nn.context import Weights, one_step, trajectory
+from lib.nn.context import Weights, trajectory
 from lib.nn.memory_term import Memory, offset_targets
 from lib.nn.objective import (
     Learner,
@@ -24,6 +24,7 @@ from lib.nn.objective import (
     two_pass,
     unique_tables,
 )
+from lib.nn.one_step import one_step
 from lib.nn.solver import Solver
 
 EXACT_TOKENS = 32_768  # most tokens of a micro-batch of documents; fixes the order of sums
@@ -87,8 +88,8 @@ class Exact(Solver):
             before = before + sigma * eps
         before = before if keep is None else before * keep.to(before.dtype)[..., None]
         again = one_step(before.flatten(0, 1), [p.flatten(0, 1) for p in P], weights)
-        fix = (again - fixed.flatten(0, 1)).square().sum()
-        return Terms(c=C.flatten(0, 1) if config.get("grad") == "bptt" else again, fix=fix)
+        whole = C.flatten(0, 1) if config.get("grad") == "bptt" else again
+        return Terms(c=whole, stepped=again, wanted=fixed.flatten(0, 1))
 
     def statistics(self) -> dict[str, Any]:
         """No sweeps."""

@@ -15,7 +15,8 @@ from lib.core.errors import UserError
 from lib.core.rng import torch_generator
 from lib.nn import probes
 from lib.nn.budget import FIRST_BLOCK
-from lib.nn.context import Repairs, Weights, halo, warm_tokens
+from lib.nn.context import Weights
+from lib.nn.halo import Repairs, halo, warm_tokens
 from lib.nn.objective import Learner, unique_tables
 from lib.nn.sweeps import Sweeps
 
@@ -55,7 +56,8 @@ def write_first_sweep(
             c, side, last - first, weights, segment=rows, warm=warm,
             tol=config.halo_tol, keep=keep, repairs=repairs,
         )  # fmt: skip
-        c = writer.put(made)[-1].to(wide)
+        writer.put(made)
+        c = writer.last.to(wide)
         advance(last - first)
         sample.append(
             probes.sample_rows(made, probes.SEED_ROWS * (last - first) // (stop - start) + 1)

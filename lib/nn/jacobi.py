@@ -16,7 +16,6 @@ from torch import Tensor
 from lib.core.rng import torch_generator
 from lib.nn import probes
 from lib.nn.budget import sweep_bytes
-from lib.nn.context import one_step
 from lib.nn.first_sweep import contraction_of, inputs_of_stream, ranks_of, write_first_sweep
 from lib.nn.memory_term import Memory, offset_targets
 from lib.nn.objective import (
@@ -29,6 +28,7 @@ from lib.nn.objective import (
     two_pass,
     unique_tables,
 )
+from lib.nn.one_step import one_step
 from lib.nn.pace import KEPT, TWICE, Pace
 from lib.nn.solver import Solver
 from lib.nn.sweep_state import SweepState
@@ -107,11 +107,10 @@ class Jacobi(Solver):
                     P = weights.token_side(inputs_of_stream(model, at, at + len(old)))
                 noisy = torch.cat((before[None], old[:-1]))
                 if sigma := config.get("noise"):
-                    noisy = noisy + sigma * self._noise.rows(k, at, at + len(old)).to(wide)
+                    noisy.add_(self._noise.rows(k, at, at + len(old)).to(wide), alpha=sigma)
                 noisy = noisy if keep is None else noisy * keep[here, None]
                 c = one_step(noisy, P, weights, owned=True)
-                moved = (c - old).square().sum(-1)
-                terms = Terms(c=c, fix=moved.sum(), moved=moved.detach())
+                terms = Terms(c=c, stepped=c, wanted=old)
                 if memory.active:
                     picked = ([x[here] for x in xs] for xs in (targets, valid))
                     terms.memory = memory.loss(c, *picked)
@@ -121,14 +120,13 @@ class Jacobi(Solver):
         writer, sample, converged = disk.writer(k, j), [], 0
         share = min(1.0, probes.SEED_ROWS / (stop - start))
 
-        def seen(terms: Terms) -> None:
+        def seen(terms: Terms, distances: Tensor) -> None:
             nonlocal converged
             rows = terms.c.detach()
             writer.put(rows)
             if self.pace is not None:
                 self.pace.advance(len(rows), 1 / self.pace.learning)
-            assert terms.moved is not None
-            converged += int((terms.moved < config.converged_mse * config.d).sum())
+            converged += int((distances < config.converged_mse * config.d).sum())
             sample.append(probes.sample_rows(rows, max(1, round(share * len(rows)))))
 
         pairs = sum(int(v.sum()) for v in valid)

@@ -62,12 +62,16 @@ class Learner(Protocol):
 
 @dataclass
 class Terms:
-    """One micro-batch: its contexts c (n, d), and sums over its rows, with graphs in pass 2."""
+    """One micro-batch: contexts c (n, d), what one step makes of them; with graphs in pass 2."""
 
     c: Tensor
-    fix: Tensor  # sum of squared differences
+    stepped: Tensor  # (n, d); c itself under Jacobi
+    wanted: Tensor  # what it should be
     memory: Tensor | None = None  # sum over pairs
-    moved: Tensor | None = None  # (n,) squared distance to the sweep before
+
+    def distances(self) -> Tensor:
+        """(n,) squared distance of `stepped` from what it should be."""
+        return torch.linalg.vector_norm(self.stepped.detach() - self.wanted, dim=-1).square()
 
 
 @dataclass
@@ -101,12 +105,14 @@ class Objective:
             self.unit = math.sqrt(c.d / length)
             self.w_f, self.w_d = 1 - c.get("diversity"), c.get("diversity")
         self.numbers = Numbers()
-        self._total = torch.zeros((), dtype=torch.float64)
+        self._fixed: list[Tensor] = []  # sums of distances, by micro-batch
         self._memory = torch.zeros((), dtype=torch.float64)
 
-    def add(self, terms: Terms) -> None:
-        """Sums of pass 1; InputError where a context is not finite: nothing was stored."""
-        finite = terms.c.detach().sum(-1).isfinite()  # a sum of finite ones may overflow as well
+    def add(self, terms: Terms) -> Tensor:
+        """Sums of pass 1; (n,) squared distances. InputError for a context that is not finite."""
+        moved = terms.distances()
+        finite = moved.isfinite() & (terms.c.detach().sum(-1) if terms.c is not terms.stepped
+                                     else moved).isfinite()  # fmt: skip
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
             raise InputError(
@@ -115,18 +121,20 @@ class Objective:
                 remedy="lower lr; the last good checkpoint is kept",
             )
         self.diversity.add(terms.c)
-        self._total += terms.fix.detach().double().cpu()
+        self._fixed.append(moved.sum(dtype=torch.float64).cpu())
         if terms.memory is not None:
             self._memory += terms.memory.detach().double().cpu()
+        return moved
 
     def finish(self) -> None:
         """All rows have been added."""
-        value, self._slope = self.diversity.finish()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        # the trainer averages over ranks
+        value, self._slope = self.diversity.finish(self.w_d * self.unit * world)
         d = self.config.d
         self._value = float(value) * self.unit
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        self._scale = self.w_d * self.unit * world  # the trainer averages over ranks
-        self.numbers.fixed_point = float(self._total) / (self.rows * d)
+        self.numbers.fixed_point = float(sum(self._fixed)) / (self.rows * d)
+        self._next = iter(self._fixed)
         self.numbers.memory = float(self._memory) / self.pairs
         self.numbers.diversity = self._value
         if self.config.seed_compat:  # log in the original's own units, of this step's length
@@ -134,15 +142,32 @@ class Objective:
             self.numbers.diversity *= own
 
     def loss(self, terms: Terms) -> Tensor:
-        """This micro-batch's share of L and of its gradient."""
-        share = len(terms.c) / self.rows
-        total = terms.fix * (self.w_f / (self.rows * self.config.d))
+        """This micro-batch's share of L and of its gradient, which is known in closed form."""
+        share, pull = len(terms.c) / self.rows, self.w_f / (self.rows * self.config.d)
+        value = next(self._next) * pull + self.w_d * self._value * share
+        with torch.no_grad():
+            slope = self._slope(terms.c) if self.w_d else torch.zeros_like(terms.c)
+            own = slope if terms.c is terms.stepped else torch.zeros_like(terms.stepped)
+            own.add_(terms.stepped, alpha=2 * pull).sub_(terms.wanted, alpha=2 * pull)
+        total = _Known.apply(value.to(terms.c), terms.stepped, own)
+        if self.w_d and terms.c is not terms.stepped:
+            total = total + _Known.apply(torch.zeros_like(value).to(terms.c), terms.c, slope)
         if terms.memory is not None:
             total = total + terms.memory * (self.w_m / self.pairs)
-        if self.w_d:
-            pull = (self._slope(terms.c.detach()) * terms.c).sum() * self._scale
-            total = total + pull - pull.detach() + self.w_d * self._value * share
-        return total
+        return total  # type: ignore[return-value]  # a tensor
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradient with respect to x is given."""
+
+    @staticmethod
+    def forward(ctx, value, x, gradient):  # type: ignore[override]
+        ctx.gradient = gradient
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[override]
+        return None, ctx.gradient * upstream, None
 
 
 def two_pass(
@@ -150,19 +175,20 @@ def two_pass(
     objective: Objective,
     *,
     keeps: bool,
-    seen: Callable[[Terms], None] = lambda terms: None,
+    seen: Callable[[Terms, Tensor], None] = lambda terms, distances: None,
     commit: Callable[[], None] = lambda: None,
     last: Sequence[Callable[[], Tensor]] = (),
 ) -> Iterator[Tensor]:
-    """The losses of one step. seen: rows of pass 1; commit: after them, before the first loss.
+    """The losses of one step.
+
+    seen: rows of pass 1, with their squared distances; commit: after them, before the first loss.
 
     last: losses of value 0 that carry gathered gradients on.
     """
     kept: list[Terms] = []
     with torch.set_grad_enabled(keeps):
         for terms in run():
-            objective.add(terms)
-            seen(terms)
+            seen(terms, objective.add(terms))
             if keeps:
                 kept.append(terms)
     objective.finish()

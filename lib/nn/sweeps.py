@@ -211,13 +211,18 @@ class Writer:
         self._file, self._at = sweeps._place(sweep, chunk)
         self.crc32 = 0
 
-    def put(self, rows: Tensor) -> Tensor:
-        """Store rows (n, d); returns them as they can be read back."""
+    def put(self, rows: Tensor) -> None:
+        """Store rows (n, d)."""
         raw = narrow(rows.detach().cpu(), self._sweeps.dtype)
         self._file.write(self._at, raw)
         self._at += len(raw)
         self.crc32 = crc32(raw, self.crc32)
-        return widen(raw, self._sweeps.dtype)
+        self._raw = raw[-1:]
+
+    @property
+    def last(self) -> Tensor:
+        """The row (d,) put last, as it can be read back."""
+        return widen(self._raw, self._sweeps.dtype)[0]
 
     def finish(self) -> int:
         """Durable; returns the crc32 of the chunk."""
@@ -265,4 +270,4 @@ class Noise:
                 self._rows = torch.randn(NOISE_BLOCK, self.width, generator=draw)
             first = block * NOISE_BLOCK
             parts.append(self._rows[max(0, start - first) : stop - first])
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
