@@ -204,6 +204,33 @@ def test_again_after_a_kill_the_bytes_are_the_same(examined):
     assert done.returncode == 0 and published(examined) == whole
 
 
+def test_two_processes_share_the_work_and_the_numbers_are_those_of_one(examined):
+    """Real ranks over gloo: each scores every second document and example, rank 0 writes."""
+    sets = ("eval.core.bundle=bundle", "eval.samples=false")
+    assert evaluate(examined, *sets).returncode == 0
+    one, alone = read(examined, "eval.json"), decisions(examined)
+    shutil.rmtree(examined / "data/work")
+    (examined / "metrics/gpt/eval.json").unlink()
+    words = ["stages.evaluate", "--run", "gpt", *(w for each in sets for w in ("--set", each))]
+    ranks = {"KUMIKI_LAUNCHER": "torchrun", "KUMIKI_NPROC": "2"}
+    done = run_module(examined, "lib.core.launch", *words, environment=ranks)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    two = read(examined, "eval.json")
+    assert decisions(examined) == alone
+    assert two.pop("bpb") == pytest.approx(
+        one.pop("bpb"), rel=1e-6
+    )  # other batches round otherwise
+    assert two == one
+    record = read(examined, "eval_record.json")
+    assert all(nats > 0 for nats in record["document_nats"]), "a document that no rank scored"
+
+
+def decisions(project: Path) -> dict[str, list]:
+    """What the model said, by task."""
+    found = core.each_file(project / "metrics/gpt/examples")
+    return {name: [(one["i"], one["pred"], one["correct"]) for one in each] for name, each in found}
+
+
 def published(project: Path) -> dict[str, bytes]:
     folder = project / "metrics/gpt"
     found = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
