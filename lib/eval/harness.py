@@ -5,14 +5,17 @@ In:    a model with its tokenizer, tasks of a bundle.   Out: the harness's resul
 Rule:  the package is an extra, imported here only; local tasks run offline, from files that are
        written for it. A task of its own is downloaded when the user names it.
 Note:  CORE is not in the harness, and its `acc_norm` divides by characters, ours by ids: neither is
-       ever quoted as the other. Its `acc` is our decision by the sum of nats (core.by_sum).
+       ever quoted as the other. Its `acc` is our decision by the sum of nats (core.by_sum), except
+       for schema: CORE's span there is all that both prompts end with, which may begin before the
+       continuation ("Lily's silence", "Donna's silence": from "'s" on; 44 of winograd's 273 rows).
+       `Agreement.right` decides by the harness's own ids.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,36 +223,50 @@ class Agreement:
     choices: int
     same_split: int  # choices that both cut at the same id
     largest_difference: float  # nats of a choice, where they did
+    decided: int  # examples all of whose choices are cut so
+    right: int  # of them, decided rightly by our sums over these ids
 
 
 def compare(subject: Subject, examples: Sequence[Example], samples: Sequence[Any]) -> Agreement:
     """The harness's log-likelihoods against sums of our reference over the same ids."""
     from lib.eval import reference
 
-    choices = same = 0
-    worst = 0.0
+    choices, decided, right = 0, 0, 0
+    worst: list[float] = []
     by_place = {sample["doc_id"]: sample for sample in samples}
-    start = subject.rules.boundary_id
     for example in examples:
-        for j, (arguments, response) in enumerate(_requests(by_place[example.i])):
-            context = arguments[0].rstrip(" ")
-            before = [] if start is None else [start]
-            before += [int(i) for i in subject.tokenizer.encode(context)]
-            ids = example.ids(j)
-            choices += 1
-            if ids[: len(before)].tolist() != before or example.cropped or len(before) < 1:
+        requests, sums, greedy = _requests(by_place[example.i]), [], False
+        for j, ((context, _), response) in enumerate(requests):
+            span = _same_span(subject, example, j, context)
+            if span is None:
                 continue
-            span = (len(before), len(ids))
-            alone = Example(
-                i=example.i, row=example.row, gold=0, shared=ids[:0], tails=(ids,), spans=(span,)
+            alone = replace(
+                example, shared=example.ids(j)[:0], tails=(example.ids(j),), spans=(span,)
             )
             found = reference.answer(
                 subject.model, "language_modeling", alone,
                 vocab_size=subject.rules.vocab_size, device=subject.device,
             )  # fmt: skip
-            same += 1
-            worst = max(worst, abs(found.scores[0].sum + float(response)))
-    return Agreement(choices=choices, same_split=same, largest_difference=worst)
+            sums.append(found.scores[0].sum)
+            worst.append(abs(sums[-1] + response))
+            greedy = found.correct
+        choices += len(requests)
+        if len(sums) == len(requests):
+            decided += 1
+            right += greedy if len(sums) == 1 else reference.least(sums) == example.gold
+    return Agreement(
+        choices=choices, same_split=len(worst), largest_difference=max(worst, default=0.0),
+        decided=decided, right=right,
+    )  # fmt: skip
+
+
+def _same_span(subject: Subject, example: Example, j: int, context: str) -> tuple[int, int] | None:
+    """The harness's continuation in the ids of prompt j; None where it is cut otherwise there."""
+    start, ids = subject.rules.boundary_id, example.ids(j)
+    before = [] if start is None else [start]
+    before += [int(i) for i in subject.tokenizer.encode(context.rstrip(" "))]
+    same = before and not example.cropped and ids[: len(before)].tolist() == before
+    return (len(before), len(ids)) if same else None
 
 
 def _requests(sample: Any) -> list[tuple[tuple[str, str], float]]:

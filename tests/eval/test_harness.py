@@ -57,6 +57,7 @@ def test_the_harness_agrees_on_the_same_ids(kind, subject, tmp_path):
     assert found.largest_difference < 1e-4
     records = [core.record_of(task, one) for one in subject.answerer(task, examples)]
     acc = result["results"][name]["acc,none"]
+    assert acc == found.right / found.decided and found.decided == len(examples)
     if kind == "multiple_choice":
         assert acc == core.mean([core.by_sum(one) for one in records])
     if kind == "language_modeling":
@@ -100,6 +101,31 @@ def test_real_tasks_agree(shared, subject, tmp_path):
         samples = result["samples"][harness.PREFIX + task.label]
         found = harness.compare(subject, examples, samples)
         assert found.same_split >= 0.99 * found.choices and found.largest_difference < 1e-4
+        assert result["results"][harness.PREFIX + task.label]["acc,none"] == pytest.approx(
+            found.right / found.decided, abs=1 - found.decided / 12
+        )
+
+
+@has_harness
+def test_a_schema_span_that_begins_in_the_context_is_what_parts_the_two_accuracies(
+    subject, tmp_path
+):
+    """Contexts with a common ending: CORE scores it too, the harness does not."""
+    task = make_task(tmp_path, "schema", shots=0, rows=40)
+    rows = [json.loads(line) for line in task.path.read_text().splitlines()]
+    for row in rows:
+        row["context_options"] = [f"{option}'s" for option in row["context_options"]]
+    task.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(subject, tmp_path / "tasks", [task])
+    examples = examples_of(subject, task)
+    for example in examples:
+        start, stop = example.spans[0]
+        assert stop - start >= len(" " + rows[example.row - 1]["continuation"]) + len("'s")
+    found = harness.compare(subject, examples, result["samples"][harness.PREFIX + "schema"])
+    acc = result["results"][harness.PREFIX + "schema"]["acc,none"]
+    assert acc == found.right / 40
+    records = [core.record_of(task, one) for one in subject.answerer(task, examples)]
+    assert acc != core.mean([core.by_sum(one) for one in records])
 
 
 def test_written_tasks_hold_the_shots(subject, tmp_path):

@@ -104,6 +104,7 @@ def _beside(subject: Any, task: Task, cap: int, samples: Sequence[Any]) -> dict[
     return {
         "kumiki_by_mean": by_mean,
         "kumiki_by_sum": by_mean if is_text else core.mean([core.by_sum(r) for r in records]),
+        "kumiki_same_ids": found.right / max(1, found.decided),
         "same_split_share": found.same_split / found.choices,
         "largest_difference": found.largest_difference,
     }
