@@ -53,6 +53,8 @@ def body(run: Run) -> None:
             run.settings.download_shards, run.settings.seed, run.runtime, pool, run.log
         )
     manifest.write(run.result)
+    total = sum(entry.bytes for entry in manifest.files) / 1e6
+    run.summary = f"{len(manifest.files)} files, {total:,.1f} MB"
 
 
 if __name__ == "__main__":

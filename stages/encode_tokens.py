@@ -62,6 +62,9 @@ def body(run: Run) -> None:
         manifest = encode(plan, pool_map, run.log, run.task)
     if manifest is not None:  # None: the share of one task of a job array
         manifest.write(run.result)
+        counts = manifest.counts["train"], manifest.counts["val"]
+        documents, tokens = (sum(c[name] for c in counts) for name in ("documents", "tokens"))
+        run.summary = f"{documents:,} documents, {tokens:,} tokens"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lib.core import artifact, stage
+from lib.core import artifact, files, ranks, stage
 from lib.core.artifact import Manifest
 from lib.core.stage import Run, Stage
 
@@ -50,6 +50,9 @@ def body(run: Run) -> None:
     from lib.eval.judge import evaluate
 
     evaluate(run)
+    if ranks.rank() == 0:
+        numbers = files.read_json(run.result)
+        run.summary = ", ".join(f"{name} {numbers[name]}" for name in ("bpb", "cloze", "core"))
 
 
 def modules(run: Run) -> list[str]:

@@ -56,7 +56,7 @@ def body(run: Run) -> None:
         recipe = {"stage": "export", "inputs": {"model": stage.input_hash(folder)}}
         entries = artifact.describe(part)
         Manifest(kind="export", recipe=recipe, files=entries).write(part / files.MANIFEST)
-    run.log(f"{form}; {len(entries)} files, {sum(e.bytes for e in entries):,} bytes")
+    run.summary = f"{form}, {len(entries)} files"
 
 
 def modules(run: Run) -> list[str]:

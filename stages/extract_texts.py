@@ -46,6 +46,7 @@ def body(run: Run) -> None:
                 count = build_share(mine, recipe, run.units / name, pool_map, run.task, run.of)
                 run.log(f"{name}: {count} shards of task {run.task}")
         return
+    taken = kept = 0
     with run.pool() as pool_map, files.atomic_folder(run.result) as out:
         for name, recipe in run.settings.extract_texts.recipes.items():
             files.make_folder(out / name)
@@ -61,6 +62,11 @@ def body(run: Run) -> None:
                 documents = sum(count["documents"] for count in counts.values())
                 size = sum(count["bytes"] for count in counts.values())
                 run.log(f"{name} {split}: {documents:,} documents, {size:,} bytes")
+            ledger = files.read_json(out / name / "ledger.json")["sources"]
+            entries = [entry for splits in ledger.values() for entry in splits.values()]
+            taken += sum(entry["documents_in"] for entry in entries)
+            kept += sum(entry["documents_out"] for entry in entries)
+    run.summary = f"{taken:,} documents in, {kept:,} kept, {taken - kept:,} dropped"
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def body(run: Run) -> None:
     section = section_of(run)
     made = precompute(section, run.inputs["tokens"], run.runtime, run.log)
     made.write(run.result)
+    run.summary = f"{made.counts['tokens']:,} tokens, width {made.counts['width']}"
 
 
 if __name__ == "__main__":

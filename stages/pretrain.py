@@ -71,6 +71,9 @@ def body(run: Run) -> None:
         if ranks.rank() == 0:
             beside = files_beside(job, load_family(family_of(run)))
             write_result(run, job, outcome, found, beside)
+            plan, best = outcome.plan, outcome.position.best
+            told = f", best {best['bpb']:.4f} bits per byte at step {best['step']}" if best else ""
+            run.summary = f"{plan.steps} steps of {plan.batch_tokens:,} tokens{told}"
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def body(run: Run) -> None:
     found = gather(Path(), run.settings)  # type: ignore[arg-type]  # the declared sections of it
     files.write_bytes(run.result, render(found).encode())
     done = sum(one.is_measured for one in found.runs)
-    run.log(f"{done} of {len(found.runs)} runs, {run.result.stat().st_size:,} bytes")
+    run.summary = f"{done} of {len(found.runs)} runs measured"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ In:  data/documents (the recipe that the section names); the shard manifest, sin
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def body(run: Run) -> None:
     with files.atomic_folder(run.result) as out:
         report = build(
             section,
-            read_mixture(documents),
-            lambda: (text for _, text in read_documents(documents, "val")),
+            read(run, read_mixture(documents), documents, "train"),
+            lambda: read(run, (t for _, t in read_documents(documents, "val")), documents, "val"),
             out,
             gpt2_folder=fetched(run, getattr(section, "source", None)),
             cache_folder=Path(cache) if cache else None,
@@ -55,7 +56,16 @@ def body(run: Run) -> None:
             out / files.MANIFEST
         )
     rate = report["bytes_per_token"]
-    run.log(f"{section.kind}, {section.vocab_size:,} ids: {rate:.2f} bytes a token")
+    run.summary = f"{section.kind}, {section.vocab_size:,} ids, {rate:.2f} bytes a token"
+
+
+def read(run: Run, texts: Iterable[str], documents: Path, split: str) -> Iterator[str]:
+    """The texts, with their progress; the trainers tell nothing of what they do afterwards."""
+    splits = artifact.Manifest.read(documents / files.MANIFEST, "documents").counts["splits"]
+    total = sum(count["documents"] for count in splits[split].values())
+    yield from run.watch(texts, total, "documents", f"{run.title}: {split}")
+    if split == "train":
+        run.log("the texts are read; pieces are made")
 
 
 def fetched(run: Run, source: str | None) -> Path | None:

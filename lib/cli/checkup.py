@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.cli.commands.status import gpu_memory, memory
+from lib.cli.machines import gpu_memory, memory
 from lib.core import artifact, files
 from lib.core.errors import KumikiError
 from lib.core.settings import Settings

@@ -17,11 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lib.cli.machines import Machine
+from lib.cli.machines import Machine, this_machine
 from lib.core import dag, params
 from lib.core.artifact import Manifest
 from lib.core.data_settings import EmbeddedSource, HubDatasetSource, ParquetSource
+from lib.core.errors import EnvError
 from lib.core.settings import Settings
+from lib.export import amounts
 
 SHARD_BYTES = 100e6  # a FineWeb-Edu shard as its hosts serve it
 SHARD_CHARACTERS = 250e6
@@ -32,6 +34,12 @@ WORKER_BYTES = 0.32e9  # one worker of a data stage (measured: 644 MB with two)
 STATE_BYTES, CHECKPOINT_BYTES = 16, 12  # a parameter
 ACTIVATION_BYTES = 34  # a token, channel and block
 CLEAN_RATE, ENCODE_RATE = 15e6, 8e6  # bytes of text a second and core
+
+
+KNOBS = {  # in order of effect
+    "memory": "runtime.device_batch_size, activation_checkpointing, context, then width",
+    "disk": "fewer shards or tokens, then KUMIKI_SCRATCH on a larger disk",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,3 +356,76 @@ def fitting(cost: Cost, seconds: float) -> dict[str, Any]:
         "tokens": int(facts["tokens"] * share),
         "model_parameters": int((flops / 120) ** 0.5),
     }
+
+
+# ---------------------------------------------------------------- against a machine
+
+
+def totals(found: list[Cost]) -> dict[str, float]:
+    """Sums of bytes and seconds, the largest memory; what is not known is left out."""
+    sums = {
+        name: sum(getattr(cost, name) or 0.0 for cost in found)
+        for name in ("download_bytes", "scratch_bytes", "seconds")
+    }
+    for name in ("ram_bytes", "vram_bytes"):
+        sums[name] = max((getattr(cost, name) or 0.0 for cost in found), default=0.0)
+    return sums
+
+
+def problems(found: list[Cost], machine: Machine) -> list[tuple[str, str, float, float]]:
+    """(what, stage, needed, present) of everything that does not fit."""
+    lacking = []
+    for cost in found:
+        for kind, needed, present in (
+            ("GPU memory", cost.vram_bytes, machine.vram_bytes),
+            ("memory", cost.ram_bytes, machine.ram_bytes),
+        ):
+            if needed is not None and present is not None and needed > present:
+                lacking.append((kind, cost.stage, needed, present))
+    disk = totals(found)["scratch_bytes"]
+    if machine.disk_bytes is not None and disk > machine.disk_bytes:
+        stage = max(found, key=lambda c: c.scratch_bytes or 0.0).stage
+        lacking.append(("disk", stage, disk, machine.disk_bytes))
+    return lacking
+
+
+def refuse(lacking: list[tuple[str, str, float, float]]) -> None:
+    """EnvError that names the largest lack and the knobs, in order of effect."""
+    if not lacking:
+        return
+    kind, stage, needed, present = max(lacking, key=lambda p: p[2] / p[3])
+    raise EnvError(
+        f"{kind} too small for {stage}",
+        value=f"{amounts.size(needed)} needed, {amounts.size(present)} present",
+        remedy=KNOBS["disk" if kind == "disk" else "memory"],
+    )
+
+
+def preflight(settings: Settings, stage: str, item: str) -> str:
+    """What a stage is about to take, in words, empty where nothing is known; EnvError for too
+
+    little memory. Disks are looked at by the stages themselves, which know what is there already.
+    """
+    machine = this_machine()
+    if settings.runtime.device == "cpu":
+        machine = replace(machine, vram_bytes=None)
+    found = [cost for cost in _costs_of(settings, stage, item, machine) if cost is not None]
+    refuse(problems([replace(cost, scratch_bytes=None) for cost in found], machine))
+    told = {}
+    for cost in found:
+        told = {
+            "to download": amounts.size(cost.download_bytes or None),
+            "of scratch": amounts.size(cost.scratch_bytes),
+            "of RAM": amounts.size(cost.ram_bytes),
+            "of VRAM": amounts.size(cost.vram_bytes),
+            "": amounts.duration(cost.seconds) if (cost.seconds or 0) >= 1 else "-",
+        }
+    return ", ".join(f"{value} {name}".strip() for name, value in told.items() if value != "-")
+
+
+def _costs_of(settings: Settings, stage: str, item: str, machine: Machine) -> list[Cost]:
+    if stage == "pretrain":
+        encoding = settings.train[item].tokens or "bpe"
+        return [train_cost(settings, item, machine)] if encoding in settings.encode_tokens else []
+    name = f"{stage}@{item}" if item else stage
+    return [cost for cost in data_costs(settings, machine) if cost.stage == name]

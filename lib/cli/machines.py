@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,7 +64,6 @@ def named(name: str | None) -> Machine:
 
 def this_machine() -> Machine:
     """Cores, memory and disk of this machine; rates from the last `kumiki doctor --full`."""
-    from lib.cli.commands.status import gpu_memory, memory
     from lib.core.artifact import scratch_root
 
     vram = gpu_memory()["vram_bytes"]
@@ -81,6 +82,34 @@ def this_machine() -> Machine:
             found, flops=rates["matmul_flops"] * share, source="measured by doctor --full"
         )
     return found
+
+
+def memory() -> dict[str, int | None]:
+    """Bytes of RAM and of the GPUs, used and in all; None where nothing tells."""
+    table = {}
+    if Path("/proc/meminfo").is_file():
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            table[name] = int(rest.split()[0]) * 1024
+    found: dict[str, int | None] = {
+        "ram_bytes": table.get("MemTotal"),
+        "ram_available_bytes": table.get("MemAvailable"),
+    }
+    return found | gpu_memory()
+
+
+def gpu_memory() -> dict[str, int | None]:
+    """From nvidia-smi, so that torch is not imported."""
+    nothing: dict[str, int | None] = {"vram_bytes": None, "vram_used_bytes": None}
+    if shutil.which("nvidia-smi") is None:
+        return nothing
+    query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
+    if done.returncode or not rows:
+        return nothing
+    total, used = (sum(int(row[i]) for row in rows) * 2**20 for i in (0, 1))
+    return {"vram_bytes": total, "vram_used_bytes": used}
 
 
 def cache_file() -> Path:

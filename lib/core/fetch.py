@@ -77,6 +77,7 @@ class Job:
     sha256: str | None = None
     max_bytes: int = MAX_BYTES
     verify: Verify | None = None
+    received: Callable[[int], None] = lambda count: None  # the bytes of a block, in some thread
 
 
 def head(url: str, policy: Policy, *, log: Log, should_stop: Stop = never) -> Remote:
@@ -114,6 +115,7 @@ def fetch(
     sha256: str | None = None,
     max_bytes: int = MAX_BYTES,
     verify: Verify | None = None,
+    received: Callable[[int], None] = lambda count: None,
     log: Log,
     should_stop: Stop = never,
 ) -> Fetched:
@@ -128,7 +130,10 @@ def fetch(
         for stale in _beside(target):  # a kill came between the name and the end
             stale.unlink(missing_ok=True)
         return Fetched(bytes=target.stat().st_size, sha256=sha256, etag=None, origin="pinned")
-    job = Job(url=url, target=target, size=size, sha256=sha256, max_bytes=max_bytes, verify=verify)
+    job = Job(
+        url=url, target=target, size=size, sha256=sha256, max_bytes=max_bytes, verify=verify,
+        received=received,
+    )  # fmt: skip
     policy.check(url)  # before anything is written
     transfer = _Transfer(job, policy, log, should_stop)
     try:
@@ -167,6 +172,7 @@ def fetch_all(
                 sha256=job.sha256,
                 max_bytes=job.max_bytes,
                 verify=job.verify,
+                received=job.received,
                 log=log,
                 should_stop=lambda: stopping.is_set() or should_stop(),
             )
@@ -408,6 +414,7 @@ class _Transfer:
                 raise _Rejected(error) if total is not None else error
             self.part.append(block, total or 0)
             watch.received(len(block))
+            self.job.received(len(block))
             if self.part.size - synced >= _SYNC_BYTES:
                 self.part.sync()
                 synced = self.part.size

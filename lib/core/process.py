@@ -18,6 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
+from lib.core import progress
 from lib.core.errors import EnvError, Interrupted
 
 _PR_SET_PDEATHSIG = 1
@@ -101,7 +102,8 @@ class StopRequest:
 
     def _leave(self) -> None:
         with contextlib.suppress(OSError):
-            os.write(2, (self.message + "\n").encode())
+            start = progress.CLEAR if progress.on_terminal() else ""
+            os.write(2, (start + self.message + "\n").encode())
         os._exit(Interrupted.code)
 
 

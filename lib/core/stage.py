@@ -13,18 +13,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import os
 import platform
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.core import artifact, dag, files, growing, lock, ranks
+from lib.core import artifact, dag, files, growing, lock, progress, ranks
+from lib.core.arguments import Stage, parse
 from lib.core.errors import (
     EnvError,
     InputError,
@@ -32,6 +33,7 @@ from lib.core.errors import (
     KumikiError,
     UserError,
     redact,
+    relative,
     report_lines,
 )
 from lib.core.params import load
@@ -43,23 +45,6 @@ FORMAT_VERSION = (
     1  # part of every fingerprint: raise it when the meaning of a working state changes
 )
 DONE, STATE = "done.json", "state.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What a stage script declares. `{name}` stands for the item that `--name` or `--run` gives."""
-
-    name: str
-    about: str  # one sentence, shown by --help
-    sections: tuple[str, ...]  # parameters it may read, as dvc.yaml tracks them
-    inputs: dict[str, str] = field(default_factory=dict)  # option -> default path
-    extras: tuple[str, ...] = ()  # options of inputs that only some runs have
-    out: str  # default path of the output
-    beside: dict[str, str] = field(default_factory=dict)  # option -> folder that gets single files
-    item: str | None = None  # "name" or "run": the option that picks the foreach item
-    work: str = "data/work"  # where working state lies
-    tasks: bool = False  # whether its units can be shared out to a job array (--task, --of)
-    defer_stop: bool = False  # True: commit at the next step instead of dropping the unit in hand
 
 
 class Declared:
@@ -96,6 +81,7 @@ class Run:
         self.work, self.fingerprint = Path(), ""  # set by `_find_work`
         self.code: dict[str, str] = {}  # file -> hash of what computes, set by `_open_work`
         self.started = time.time()
+        self.summary = ""  # what the body has made, for the last line
         self._log: growing.AppendLog | None = None
 
     @property
@@ -117,9 +103,7 @@ class Run:
         if ranks.rank() > 0:
             return
         line = redact(f"{self.title}: {text}")
-        with contextlib.suppress(BrokenPipeError):
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+        progress.write(line)
         if self._log is not None:
             self._log.append({"time": round(time.time(), 3), "line": line})
 
@@ -129,39 +113,37 @@ class Run:
 
     @contextlib.contextmanager
     def pool(self, threads: int = 1) -> Iterator[PoolMap]:
-        """Worker processes as `runtime.workers` and `runtime.executor` say."""
+        """Worker processes as `runtime.workers` and `runtime.executor` say; each call has a bar."""
         if self.runtime.executor == "ray":
             with _ray_pool(self.runtime.workers) as mapped:
-                yield mapped
+                yield self._watched(mapped)
             return
         with worker_pool(self.runtime.workers, threads) as mapped:
-            yield mapped
+            yield self._watched(mapped)
+
+    def _watched(self, mapped: PoolMap) -> PoolMap:
+        def call(function: Callable[[Any], Any], units: Iterable[Any], /) -> Iterator[Any]:
+            units = list(units)
+            what = f"{self.title}: {function.__name__.strip('_').replace('_', ' ')}"
+            yield from self.watch(mapped(function, units), len(units), "units", what)
+
+        return call
+
+    def watch(
+        self, items: Iterable[Any], total: float | None, unit: str, title: str = "",
+        amount: Callable[[Any], float] = lambda item: 1.0,
+    ) -> Iterator[Any]:  # fmt: skip
+        """`items` one by one, with their progress."""
+        every_s = self.runtime.log_every_s
+        yield from progress.watched(items, total, unit, title or self.title, every_s=every_s,
+                                    amount=amount)  # fmt: skip
 
     @contextlib.contextmanager
     def progress(self, total: float, unit: str) -> Iterator[Callable[[float], None]]:
         """Yields `advance(amount)`: a bar with ETA on a terminal, else a line now and then."""
-        if (
-            sys.stderr.isatty()
-            and "NO_COLOR" not in os.environ
-            and os.environ.get("TERM") != "dumb"
-        ):
-            from tqdm import tqdm
-
-            with tqdm(total=total, unit=unit, unit_scale=True, desc=self.title, leave=False) as bar:
-                yield bar.update  # type: ignore[misc]  # returns bool, nobody looks
-            return
-        done, said, start = 0.0, time.monotonic(), time.monotonic()
-
-        def advance(amount: float) -> None:
-            nonlocal done, said
-            done += amount
-            now = time.monotonic()
-            if now - said >= self.runtime.log_every_s and done < total:
-                left = (now - start) / done * (total - done) if done else float("nan")
-                self.log(f"{done:,.0f} of {total:,.0f} {unit}, {left:.0f} s left")
-                said = now
-
-        yield advance
+        every_s = self.runtime.log_every_s
+        with progress.progress(total, unit, self.title, every_s=every_s) as advance:
+            yield advance
 
 
 @contextlib.contextmanager
@@ -220,7 +202,7 @@ def _guarded(
     argv: Sequence[str] | None,
 ) -> int:
     try:
-        arguments = _parse(stage, argv)
+        arguments = parse(stage, argv)
         settings = load(overrides=arguments.set)
         run = Run(stage, settings, arguments)
         _check_item(run, settings)
@@ -235,7 +217,7 @@ def _guarded(
                 _run_task(run, body, identity, modules)
                 return 0
             with lock.exclusive_lock(run.out):
-                _run_locked(run, body, identity, check, modules)
+                _run_locked(run, settings, body, identity, check, modules)
         return 0
     except Interrupted as error:
         return _fail(error) if ranks.rank() == 0 else 0  # a failing follower would end rank 0
@@ -264,7 +246,12 @@ def _find_work(run: Run, identity: Callable) -> None:
 
 
 def _run_locked(
-    run: Run, body: Callable, identity: Callable, check: Callable, modules: Callable
+    run: Run,
+    settings: Settings,
+    body: Callable,
+    identity: Callable,
+    check: Callable,
+    modules: Callable,
 ) -> None:
     _find_work(run, identity)
     with lock.exclusive_lock(run.work):
@@ -279,11 +266,24 @@ def _run_locked(
                 _publish(run)
                 run.log(f"finished before, published again as {run.out}")
                 return
+            _announce(run, settings)
             body(run)
             _commit(run)
         finally:
             run._log = None
             log.close()
+
+
+def _announce(run: Run, settings: Settings) -> None:
+    """The first line: from what, to what, which key, at what cost; EnvError for too little memory.
+
+    `kumiki estimate` is loaded by name: it decides no byte, so it is no dependency of the stage.
+    """
+    estimate = importlib.import_module("lib.cli.estimate")
+    cost = estimate.preflight(settings, run.stage.name, run.name)
+    taken = ", ".join(map(relative, run.inputs.values())) or "params.yaml"
+    told = f"; about {cost}" if cost else ""
+    run.log(f"{taken} -> {relative(run.out)}, key {run.fingerprint[:12]}{told}")
 
 
 def _run_task(run: Run, body: Callable, identity: Callable, modules: Callable) -> None:
@@ -346,6 +346,10 @@ def _tree(path: Path) -> dict[str, str]:
     }
 
 
+def _files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+
+
 def _verified(run: Run, done: dict[str, Any]) -> bool:
     """Whether the finished result is still what it was; a damaged one is made again, said aloud."""
     if run.result.exists() and _trees(run) == done["tree"]:
@@ -391,6 +395,10 @@ def _commit(run: Run) -> None:
         "workers": run.runtime.workers,
         "threads": run.runtime.threads,
     }
+    made = sum(p.stat().st_size for _, out in _outputs(run) for p in _files_of(out))
+    told = f"{run.summary}; " if run.summary else ""
+    seconds = receipt["seconds"]
+    run.log(f"{told}{made:,} bytes in {seconds:,.1f} s: {relative(run.out)}")
     files.write_json(run.work / "receipt.json", receipt)
     files.write_json(run.work / DONE, {"tree": _trees(run)})
     files.remove_tree(run.units)
@@ -406,46 +414,6 @@ def _check_item(run: Run, settings: Settings) -> None:
             value=run.name,
             remedy=f"choose one of {names}",
         )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]  # leaves by raising
-        raise UserError(message, remedy=f"see python -m {self.prog} --help")
-
-
-def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog=f"stages.{stage.name}", description=stage.about)
-    if stage.item:
-        parser.add_argument(f"--{stage.item}", required=True, help="which item of the section")
-    name = None
-    if stage.item:
-        known, _ = parser.parse_known_args(argv) if "--help" not in _words(argv) else (None, None)
-        name = getattr(known, stage.item) if known else "{name}"
-    for option, default in stage.inputs.items():
-        parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
-    for option in stage.extras:
-        parser.add_argument(f"--{option}", help="an input that some runs have")
-    parser.add_argument("--out", default=stage.out.replace("{name}", name or ""))
-    for option, default in stage.beside.items():
-        parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
-    if stage.tasks:
-        parser.add_argument("--task", type=int, help="do the units of this task only, from 0")
-        parser.add_argument("--of", type=int, help="how many tasks there are: n_tasks")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one parameter of params.yaml for this run",
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.set and os.environ.get("DVC_STAGE"):
-        raise UserError("--set under dvc", value=arguments.set, remedy="edit params.yaml")
-    return arguments
-
-
-def _words(argv: Sequence[str] | None) -> Sequence[str]:
-    return sys.argv[1:] if argv is None else argv
 
 
 def _fail(error: KumikiError) -> int:

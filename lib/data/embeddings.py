@@ -24,6 +24,7 @@ from lib.core import data_settings as settings
 from lib.core.artifact import FileEntry, Manifest, plain
 from lib.core.chunkstore import RowFile, crc32, decode, encode, stored
 from lib.core.errors import InputError, UserError
+from lib.core.progress import watched
 from lib.core.run_settings import Runtime
 from lib.data.hidden import About, hidden_rows, open_hidden
 from lib.data.tokens import TokenStore, id_dtype
@@ -118,7 +119,7 @@ def precompute(
     files.make_folder(folder)
     _write_small(made)
     if section.mode == "memmap":
-        write_rows(made, log, should_stop)
+        write_rows(made, should_stop)
     if section.source == "gpt2" and not section.keep_source:
         files.remove_tree(gpt2_file(section.gpt2, runtime, log).parent)
     counts = {
@@ -196,11 +197,7 @@ def _write_array(path: Path, array: np.ndarray, note: dict[str, Any]) -> None:
 
 
 def write_rows(
-    made: Making,
-    log: Log,
-    should_stop: Callable[[], None] = lambda: None,
-    *,
-    verify_all: bool = False,
+    made: Making, should_stop: Callable[[], None] = lambda: None, *, verify_all: bool = False
 ) -> int:
     """embeddings.npy, chunk by chunk; returns the rows that were written by this call.
 
@@ -218,7 +215,7 @@ def write_rows(
     try:
         rows, done = _open_rows(part, kind, (N, items), made, log_file)
         chunks = range(-(-N // size))
-        for chunk in chunks:
+        for chunk in watched(chunks, len(chunks), "chunks", "precompute_embeddings"):
             start, stop = chunk * size, min(N, (chunk + 1) * size)
             is_last = chunk + 1 not in done
             if chunk in done and (
@@ -229,7 +226,6 @@ def write_rows(
             crc = _write_chunk(rows, made, start, stop)
             log_file.append({"chunk": chunk, "crc32": crc})
             log_file.sync()
-            log(f"chunk {chunk + 1} of {len(chunks)}: {start:,}-{stop:,}")
         written = rows.written_bytes // rows.row_bytes
         rows.close()
         files.rename(part, final)
@@ -331,7 +327,7 @@ class Embeddings:
             held.close()
             _write_small(made)
             if ROWS in names:
-                write_rows(made, lambda line: None, verify_all=True)
+                write_rows(made, verify_all=True)
 
         artifact.ensure(folder, manifest.files, rebuild, full=full)
         return cls(folder, manifest, store)

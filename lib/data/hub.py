@@ -21,6 +21,7 @@ from lib.core import files
 from lib.core.artifact import FileEntry
 from lib.core.data_settings import HubDatasetSource
 from lib.core.errors import EnvError, InputError, UserError
+from lib.core.progress import watched
 from lib.data.shards import ShardFolder, write_parquet
 
 SHARD_ROWS, ROW_GROUP = 8192, 1024
@@ -120,7 +121,8 @@ def _take_split(
     if ended.is_file():
         wanted = min(wanted, files.read_json(ended)["samples"])
     entries: list[FileEntry] = []
-    for start in range(0, wanted, SHARD_ROWS):
+    starts = range(0, wanted, SHARD_ROWS)
+    for start in watched(starts, len(starts), "shards", f"{source.repo} {split}"):
         rows = min(SHARD_ROWS, wanted - start)
         name = _shard_name(split, start, rows)
         if entry := folder.good(name):

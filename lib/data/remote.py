@@ -20,6 +20,7 @@ from lib.core.artifact import FileEntry
 from lib.core.data_settings import ArchiveSource, FilesSource, ParquetSource
 from lib.core.errors import InputError, Interrupted, KumikiError, UserError
 from lib.core.hosts import Policy, bare
+from lib.core.progress import progress
 from lib.core.run_settings import Runtime
 from lib.data.shards import ShardFolder, check_parquet
 
@@ -270,6 +271,20 @@ def _fetch(
     sizes = [w.size or (r.size if r else None) or 0 for w, r in zip(todo, remotes, strict=True)]
     files.check_space(folder.path, sum(sizes))
     log(f"fetching {len(todo)} files, {sum(sizes) / 1e6:.1f} MB")
+    total = float(sum(sizes)) if all(sizes) else None
+    with progress(total, "B", "download", every_s=runtime.log_every_s) as received:
+        _fetch_all(todo, remotes, folder, policy, runtime, log, received)
+
+
+def _fetch_all(
+    todo: list[Wanted],
+    remotes: list[fetch.Remote | None],
+    folder: ShardFolder,
+    policy: Policy,
+    runtime: Runtime,
+    log: Log,
+    received: Callable[[float], None],
+) -> None:
     jobs, by_target = [], {}
     for one, remote in zip(todo, remotes, strict=True):
         target = folder.path / one.name
@@ -282,6 +297,7 @@ def _fetch(
                 sha256=one.sha256,
                 max_bytes=one.max_bytes,
                 verify=_verifier(one, decode=not vouched),
+                received=received,
             )
         )
         by_target[target] = one

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lib.core.progress import watched
 from lib.export.generate import Generation, Row, Sampling, TextStream
 from lib.export.hf import stop_ids
 
@@ -79,7 +80,7 @@ def _rows(
         return []
     options = {"max_new_tokens": room, "rows": rows, "device": device}
     generation = Generation(model, ids, sampling, stop_ids=stop_ids(tokenizer), **options)
-    for _ in generation:
+    for _ in watched(generation, room, "tokens", "samples"):
         pass
     return generation.rows
 

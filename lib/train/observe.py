@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib import kernels
-from lib.core import files, growing
+from lib.core import files, growing, progress
 from lib.core.errors import redact
 from lib.core.run_settings import Runtime
 from lib.train.sinks import Trackers
@@ -121,13 +120,13 @@ class Observer:
 
     def begin(self, step: int) -> None:
         """Training goes on after `step` steps: open the bar on a terminal, start the clock."""
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        if not self.quiet and sys.stderr.isatty() and not plain:
+        if not self.quiet and progress.on_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=self.steps, initial=step, unit="step", leave=False, desc=self.run
-            )
+                total=self.steps, initial=step, unit="step", leave=False, desc=self.run,
+                dynamic_ncols=True,
+            )  # fmt: skip
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -200,11 +199,7 @@ class Observer:
         """One line on stdout, above the bar if there is one."""
         if self.quiet:
             return
-        if self._bar is not None:
-            self._bar.write(redact(line), file=sys.stdout)
-        else:
-            sys.stdout.write(redact(line) + "\n")
-        sys.stdout.flush()
+        progress.write(redact(line), sys.stdout)
 
     def close(self) -> None:
         """End the bar and the trackers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lib.cli import main as cli
 from lib.core import dag, params
 from lib.core.artifact import Manifest
 from lib.export.report.charts import Axis, Series, line_chart
-from lib.export.report.gather import gather
+from lib.export.report.gather import against, gather
 from lib.export.report.page import render
 from tests.conftest import ROOT
 from tests.export.report_project import EVIL, RUNS, make_report_project
@@ -84,6 +85,17 @@ def test_runs_stand_by_validation_text_best_first_twins_marked(page):
     assert "Missing, not measured yet: wide" in board
 
 
+def test_a_twin_is_compared_with_its_family_and_a_close_one_is_not_decided(project):
+    """One seed says nothing of differences that another seed would make as well."""
+    runs = gather(project, params.load(project)).runs
+    gpt, twin = (next(run for run in runs if run.name == name) for name in ("gpt", "gpt_shallow"))
+    near = replace(twin, metrics={**(twin.metrics or {}), "bpb": gpt.metrics["bpb"] + 0.02})
+    far = replace(twin, metrics={**(twin.metrics or {}), "bpb": gpt.metrics["bpb"] - 0.03})
+    assert against(gpt, runs) is None
+    assert against(near, runs) == (pytest.approx(0.02), False)
+    assert against(far, runs) == (pytest.approx(-0.03), True)
+
+
 def test_numbers_of_two_texts_are_never_in_one_chart(page):
     charts = re.findall(r'aria-label="([^"]+)"', page)
     english = [c for c in charts if c.startswith("en:")]
@@ -91,7 +103,7 @@ def test_numbers_of_two_texts_are_never_in_one_chart(page):
 
 
 def test_depth_controls_tasks_and_what_is_missing_are_shown(page):
-    for text in ("Depth of thought", "Controls", "phase1", "cloze_order", "word overlap", "0.500"):
+    for text in ("Depth of thought", "Controls", "phase1", "order, ", "word overlap", "0.500"):
         assert text in page, text
     assert "wide: not trained yet" in page and "late.gz" in page
 

@@ -9,17 +9,13 @@ from typing import Any
 
 from lib.cli import machines, tables
 from lib.cli.commands.config import load_profile
-from lib.cli.estimate import Cost, costs, fitting
+from lib.cli.estimate import Cost, costs, fitting, problems, refuse, totals
 from lib.cli.machines import Machine
-from lib.core.errors import EnvError, UserError
+from lib.core.errors import UserError
 from lib.export import amounts
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 HEADER = ("stage", "download", "scratch", "RAM", "VRAM", "time", "binds")
-KNOBS = {  # in order of effect
-    "memory": "runtime.device_batch_size, activation_checkpointing, context, then width",
-    "disk": "fewer shards or tokens, then KUMIKI_SCRATCH on a larger disk",
-}
 
 
 def run(arguments: argparse.Namespace, root: Path | None) -> None:
@@ -54,13 +50,7 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
             best = amounts.count(fit["model_parameters"])
             tables.put([f"{stage} in {arguments.fit}: {steps}, {tokens} tokens; "
                         f"the best size for that time is about {best} parameters"])  # fmt: skip
-    if lacking:
-        kind, stage, needed, present = max(lacking, key=lambda p: p[2] / p[3])
-        raise EnvError(
-            f"{kind} too small for {stage}",
-            value=f"{amounts.size(needed)} needed, {amounts.size(present)} present",
-            remedy=KNOBS["disk" if kind == "disk" else "memory"],
-        )
+    refuse(lacking)
 
 
 def parse_time(text: str) -> float:
@@ -69,34 +59,6 @@ def parse_time(text: str) -> float:
     if found is None:
         raise UserError("not a time", value=text, remedy="write 30m, 12h or 7d")
     return float(found[1]) * UNITS[found[2]]
-
-
-def totals(found: list[Cost]) -> dict[str, float]:
-    """Sums of bytes and seconds, the largest memory; what is not known is left out."""
-    sums = {
-        name: sum(getattr(cost, name) or 0.0 for cost in found)
-        for name in ("download_bytes", "scratch_bytes", "seconds")
-    }
-    for name in ("ram_bytes", "vram_bytes"):
-        sums[name] = max((getattr(cost, name) or 0.0 for cost in found), default=0.0)
-    return sums
-
-
-def problems(found: list[Cost], machine: Machine) -> list[tuple[str, str, float, float]]:
-    """(what, stage, needed, present) of everything that does not fit."""
-    lacking = []
-    for cost in found:
-        for kind, needed, present in (
-            ("GPU memory", cost.vram_bytes, machine.vram_bytes),
-            ("memory", cost.ram_bytes, machine.ram_bytes),
-        ):
-            if needed is not None and present is not None and needed > present:
-                lacking.append((kind, cost.stage, needed, present))
-    disk = totals(found)["scratch_bytes"]
-    if machine.disk_bytes is not None and disk > machine.disk_bytes:
-        stage = max(found, key=lambda c: c.scratch_bytes or 0.0).stage
-        lacking.append(("disk", stage, disk, machine.disk_bytes))
-    return lacking
 
 
 def shown(profile: str, machine: Machine, found: list[Cost]) -> list[str]:

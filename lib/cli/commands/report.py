@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lib.cli.console import note
 from lib.core import files, params
 from lib.core.errors import relative
 from lib.export import amounts
-from lib.export.report.gather import Found, FoundRun, gather
+from lib.export.report.gather import DECIDED, Found, FoundRun, against, gather
 from lib.export.report.page import render
 
 HEADER = ("run", "bpb", "cloze", "CORE", "parameters", "tokens", "FLOPs", "tokens/s", "")
@@ -29,6 +30,9 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
         tables.put_json(shown)
     else:
         tables.put(leaderboard(found))
+        if any(one.twin for one in found.runs):
+            rule = f"a twin within {DECIDED:.3f} of its family is not decided"
+            tables.put(["", f"one seed a run: {rule}"])
         tables.put(["", f"page: {relative(out)}"])
     for name in stale:
         note(f"warning: the numbers of {name} are older than its model; dvc repro evaluate@{name}")
@@ -46,14 +50,14 @@ def leaderboard(found: Found) -> list[str]:
         total = (runs[0].metrics or {}).get("val_bytes")
         recipe = found.recipes.get(runs[0].tokens, "")
         lines.append(f"validation text {recipe}, {total:,} bytes, {text[:12]}")
-        lines += tables.lines([_row(one) for one in runs], HEADER)
+        lines += tables.lines([_row(one, runs) for one in runs], HEADER)
         beside = (runs[0].record.get("baselines") or {}).get("bpb") or {}
         told = ", ".join(f"{name} {bpb:.4f}" for name, bpb in beside.items() if bpb is not None)
         lines += [f"beside it: {told}"] if told else []
     return lines
 
 
-def _row(one: FoundRun) -> tuple[Any, ...]:
+def _row(one: FoundRun, runs: Sequence[FoundRun]) -> tuple[Any, ...]:
     m = one.metrics or {}
     core = m.get("core") if m.get("core") is not None else m.get("core_partial")
     partial = "partial" if m.get("core") is None and core is not None else ""
@@ -67,8 +71,14 @@ def _row(one: FoundRun) -> tuple[Any, ...]:
         amounts.count(m.get("train_tokens")),
         f"{flops:.3g}" if flops is not None else None,
         f"{rate:,.0f}" if rate else None,
-        f"twin of {one.family}" if one.twin else "",
+        f"twin of {one.family}{_told(against(one, runs))}" if one.twin else "",
     )
+
+
+def _told(difference: tuple[float, bool] | None) -> str:
+    if difference is None:
+        return ""
+    return f", {difference[0]:+.4f}" + ("" if difference[1] else " not decided")
 
 
 def _document(one: FoundRun) -> dict[str, Any]:

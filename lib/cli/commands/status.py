@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib.cli import pipeline, tables
+from lib.cli import machines, pipeline, tables
 from lib.core import artifact, files, params
 from lib.core.errors import InputError
 from lib.export import amounts
@@ -44,7 +44,7 @@ def collect(verify: bool = False) -> dict[str, Any]:
         "profile": raw.get("profile"),
         "stages": [state.plain() for state in pipeline.states(raw)],
         "init_from_changed": changed_starts(),
-        "memory": memory(),
+        "memory": machines.memory(),
         "scratch": {
             "folder": str(scratch),
             "bytes": pipeline.in_use(scratch),
@@ -66,37 +66,6 @@ def changed_starts() -> list[str]:
         if not source.is_file() or files.sha256_file(source) != began:
             found.append(name)
     return found
-
-
-def memory() -> dict[str, int | None]:
-    """Bytes of RAM and of the GPUs, used and in all; None where nothing tells."""
-    table = {}
-    if Path("/proc/meminfo").is_file():
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            table[name] = int(rest.split()[0]) * 1024
-    found: dict[str, int | None] = {
-        "ram_bytes": table.get("MemTotal"),
-        "ram_available_bytes": table.get("MemAvailable"),
-    }
-    return found | gpu_memory()
-
-
-def gpu_memory() -> dict[str, int | None]:
-    """From nvidia-smi, so that torch is not imported."""
-    import shutil
-    import subprocess
-
-    nothing: dict[str, int | None] = {"vram_bytes": None, "vram_used_bytes": None}
-    if shutil.which("nvidia-smi") is None:
-        return nothing
-    query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
-    if done.returncode or not rows:
-        return nothing
-    total, used = (sum(int(row[i]) for row in rows) * 2**20 for i in (0, 1))
-    return {"vram_bytes": total, "vram_used_bytes": used}
 
 
 def shown(found: dict[str, Any]) -> list[str]:

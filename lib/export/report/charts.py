@@ -1,7 +1,7 @@
 """Line charts as inline SVG: text and lines in the page's own colours, no script.
 
 In:    series of points.   Out: one <svg> element; the same points give the same bytes.
-Note:  the drawing is 440 units wide, so that text stays readable on a phone of 360 pixels.
+Note:  the drawing is as wide as a phone and a third of a desk's page, so text is read on both.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 440, 300
-LEFT, RIGHT, TOP, BOTTOM = 46, 84, 12, 40
+WIDTH, HEIGHT = 370, 290
+LEFT, TOP, BOTTOM = 46, 12, 40
+LETTER, LEAST_RIGHT = 7.3, 60  # width of a name's letter at 11.5 px
 COLOURS = 8  # classes c0 ... c7 of the style sheet
 LABEL_GAP = 13
 
@@ -73,8 +74,9 @@ def line_chart(
     ys = [y for s in shown for _, y in s.points]
     if not xs:
         return ""
+    right = WIDTH - max(LEAST_RIGHT, round(LETTER * max(len(s.name) for s in shown)) + 10)
     pad = 0.05 * ((max(ys) - min(ys)) or abs(max(ys)) or 1)
-    x = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x and min(xs) > 0)
+    x = Axis(min(xs), max(xs), LEFT, right, log_x and min(xs) > 0)
     y = Axis(min(ys) - pad, max(ys) + pad, HEIGHT - BOTTOM, TOP)
     names = ", ".join(s.name for s in shown)
     parts = [
@@ -82,7 +84,7 @@ def line_chart(
         f'aria-label="{escape(title)}: {escape(names)}">',
         *_grid(x, y, x_label, y_label),
         *(_line(s, x, y) for s in shown),
-        *_labels(shown, y),
+        *_labels(shown, x, y),
         "</svg>",
     ]
     return "".join(parts)
@@ -92,14 +94,14 @@ def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
     parts = []
     for value in y.ticks():
         at = f"{y.at(value):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{x.last}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at}" dy="4" text-anchor="end">')
         parts.append(f"{short(value)}</text>")
     for value in x.ticks():
         at = f"{x.at(value):.1f}"
         parts.append(f'<text class="tick" x="{at}" y="{HEIGHT - BOTTOM + 16}" ')
         parts.append(f'text-anchor="middle">{short(value)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (LEFT + x.last) / 2
     parts.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">')
     parts.append(f"{escape(x_label)}</text>")
     turn = f"translate(11 {(HEIGHT - BOTTOM + TOP) / 2:.0f}) rotate(-90)"
@@ -118,7 +120,7 @@ def _line(series: Series, x: Axis, y: Axis) -> str:
     return f'<polyline class="line {kind}" points="{points}">{title}</polyline>'
 
 
-def _labels(series: Sequence[Series], y: Axis) -> list[str]:
+def _labels(series: Sequence[Series], x: Axis, y: Axis) -> list[str]:
     """Names at the right ends of the lines, moved apart where they would overlap."""
     wanted = sorted((y.at(s.points[-1][1]), n) for n, s in enumerate(series))
     places: list[float] = []
@@ -128,7 +130,7 @@ def _labels(series: Sequence[Series], y: Axis) -> list[str]:
     parts = []
     for place, (_, n) in zip(places, wanted, strict=True):
         one = series[n]
-        at = f'x="{WIDTH - RIGHT + 6}" y="{max(TOP, place - over):.1f}" dy="4"'
+        at = f'x="{x.last + 6}" y="{max(TOP, place - over):.1f}" dy="4"'
         parts.append(f'<text class="name t{one.colour % COLOURS}" {at}>{escape(one.name)}</text>')
     return parts
 

@@ -16,16 +16,20 @@ from lib.export.report.html import MISSING, Cell, anchor, linked, table
 
 
 def tasks(found: Found) -> str:
-    """cloze and CORE task by task, with what chance would score."""
+    """cloze for each validation text, CORE for all: accuracy, and centred beside it."""
     parts = []
-    for name, about in (
-        ("cloze", "Made from the validation text; comparable within one text only."),
-        ("core", "The tasks of the CORE bundle; fewer than 22 whole ones are core_partial."),
-    ):
-        runs = [run for run in found.runs if (run.record.get(name) or {}).get("tasks")]
+    for text, group in found.groups():
+        runs = _with_tasks(group, "cloze") if text else []
         if runs:
-            parts.append(f'<h3>{name}</h3><p class="note">{escape(about)}</p>')
-            parts.append(table(*_task_table(runs, name)))
+            recipe = escape(found.recipes.get(runs[0].tokens, ""))
+            parts.append(f"<h3>cloze, made from the validation text {recipe}</h3>")
+            parts.append(table(*_task_table(runs, "cloze")))
+    if runs := _with_tasks(found.runs, "core"):
+        parts.append("<h3>CORE</h3>")
+        parts.append('<p class="note">Fewer than 22 whole tasks are core_partial.</p>')
+        parts.append(table(*_task_table(runs, "core")))
+    if parts:
+        parts.insert(0, '<p class="note">Accuracy, and in brackets centred: 0 is chance.</p>')
     without = [run for run in found.runs if run.metrics and not _task_records(run)]
     if without:
         names = ", ".join(escape(run.name) for run in without)
@@ -33,31 +37,33 @@ def tasks(found: Found) -> str:
     return "".join(parts)
 
 
+def _with_tasks(runs: Iterable[FoundRun], name: str) -> list[FoundRun]:
+    return [run for run in runs if (run.record.get(name) or {}).get("tasks")]
+
+
 def _task_records(run: FoundRun) -> list[Any]:
     return [t for name in ("cloze", "core") for t in (run.record.get(name) or {}).get("tasks", [])]
 
 
 def _task_table(runs: list[FoundRun], name: str) -> tuple[list[str], list[list[Cell]]]:
-    """A row a task; a column a run: accuracy, and centred beside it."""
+    """A row a run, a column a task; what chance, and word overlap, would score beside them."""
     by_run = {run.name: {t["label"]: t for t in run.record[name]["tasks"]} for run in runs}
-    labels = dict.fromkeys(label for found in by_run.values() for label in found)
+    some = {label: task for found in by_run.values() for label, task in found.items()}
+    rows = [
+        [escape(run), *(_score(found.get(label)) for label in some)]
+        for run, found in by_run.items()
+    ]
+    rows.append(["chance", *map(_chance, some.values())])
     overlap = next((r.record[name].get("overlap") for r in runs), None) or {}
-    header = ["task", "items", "chance", *by_run]
-    header += ["word overlap"] if overlap else []
-    rows = []
-    for label in labels:
-        some = next(found[label] for found in by_run.values() if label in found)
-        row = [escape(label), f"{some['n']:,}", _chance(some)]
-        for found in by_run.values():
-            one = found.get(label)
-            row.append(
-                f"{one['accuracy']:.3f} ({one['centered']:+.3f})" if one is not None else MISSING
-            )
-        if overlap:
-            accuracy = (overlap.get("accuracy") or {}).get(label)
-            row.append(MISSING if accuracy is None else f"{accuracy:.3f}")
-        rows.append(row)
-    return header, rows
+    if accuracy := overlap.get("accuracy"):
+        told = (accuracy.get(label) for label in some)
+        rows.append(["word overlap", *(MISSING if a is None else f"{a:.3f}" for a in told)])
+    header = [f"{label.removeprefix('cloze_')}, {task['n']:,}" for label, task in some.items()]
+    return ["run", *header], rows
+
+
+def _score(task: dict[str, Any] | None) -> Cell:
+    return MISSING if task is None else f"{task['accuracy']:.3f} ({task['centered']:+.3f})"
 
 
 def _chance(task: dict[str, Any]) -> Cell:

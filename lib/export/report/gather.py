@@ -8,7 +8,7 @@ Rule:  a file that is not there is None and shown as missing; nothing is compute
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from lib.core.settings import Settings
 
 Row = dict[str, str]
 EVAL, RECORD, SAMPLES = "eval.json", "eval_record.json", "samples.json"
+# Two standard deviations of a difference of two seeds; 0.0077 is the largest deviation between
+# seeds that was measured (docs/benchmarks.md). Each run of the pipeline has one seed.
+DECIDED = 2 * 2**0.5 * 0.0077
 TABLES = ("curve", "loss", "depth", "controls")
 
 
@@ -81,6 +84,15 @@ class Found:
         ]
         missing = [run for run in self.runs if not run.is_measured]
         return found + ([(None, missing)] if missing else [])
+
+
+def against(run: FoundRun, runs: Sequence[FoundRun]) -> tuple[float, bool] | None:
+    """(bits per byte more than its family, whether that is decided) of a twin; else None."""
+    family = next((one for one in runs if one.name == run.family), None)
+    own, theirs = ((one.metrics or {}).get("bpb") if one else None for one in (run, family))
+    if not run.twin or own is None or theirs is None:
+        return None
+    return own - theirs, abs(own - theirs) > DECIDED
 
 
 def _rank(run: FoundRun) -> tuple[bool, float, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from lib.export import amounts
 from lib.export.report import evidence
 from lib.export.report.charts import Series, line_chart
-from lib.export.report.gather import Found, FoundRun
+from lib.export.report.gather import DECIDED, Found, FoundRun, against
 from lib.export.report.html import MISSING, Cell, linked, table
 from lib.export.report.style import STYLE
 
@@ -50,7 +50,9 @@ def leaderboard(found: Found) -> str:
     parts = [
         '<p class="note">Bits per byte (bpb) of the whole validation text, lower is better; every '
         "tokenizer is charged for the same bytes. cloze and CORE are centred: 0 is chance, 1 is "
-        "perfect. Runs marked as twin differ from their family in the stated switches only.</p>"
+        "perfect. A twin is its family with one idea taken out. Each run has one seed: a twin "
+        f"within {DECIDED:.3f} bpb of its family, two standard deviations between seeds, is not "
+        "decided.</p>"
     ]
     for text, runs in found.groups():
         if text is None:
@@ -61,11 +63,14 @@ def leaderboard(found: Found) -> str:
         title = f"Validation text {recipe}: {size:,} bytes" if size else f"Text {recipe}"
         parts.append(f"<h3>{escape(title)} <code>{escape(text[:12])}</code></h3>")
         parts.append(_board(runs))
+        if not any(map(_has_core, runs)):
+            parts.append('<p class="note">CORE: not measured, no task bundle (eval.core).</p>')
     return "".join(parts)
 
 
 def _board(runs: Sequence[FoundRun]) -> str:
     rows: list[tuple[float, str, list[Cell]]] = []
+    with_core = any(map(_has_core, runs))
     lowest = min((r.metrics["bpb"] for r in runs if r.metrics and r.metrics["bpb"]), default=None)
     for run in runs:
         m = run.metrics or {}
@@ -73,8 +78,9 @@ def _board(runs: Sequence[FoundRun]) -> str:
         cells = [
             linked(f"checkpoints/{run.name}/final", run.name) + tag,
             _or_missing(m.get("bpb"), 4, run.record.get("reason")),
+            _difference(run, runs),
             _with_error(m.get("cloze"), (run.record.get("cloze") or {}).get("standard_error")),
-            *_core(m, run),
+            *(_core(m, run) if with_core else []),
             f"{m['params']:,}" if m.get("params") is not None else MISSING,
             amounts.count(m.get("train_tokens")),
             f"{m['train_flops']:.3g}" if m.get("train_flops") is not None else MISSING,
@@ -85,10 +91,22 @@ def _board(runs: Sequence[FoundRun]) -> str:
     for name, bpb in ((beside or {}).get("bpb") or {}).items():
         if bpb is not None:
             label = escape(name) + '<span class="tag">baseline</span>'
-            rows.append((bpb, "beside", [label, f"{bpb:.4f}", *[""] * 5]))
+            rows.append((bpb, "beside", [label, f"{bpb:.4f}", *[""] * (5 + with_core)]))
     rows.sort(key=lambda row: row[0])
-    header = ("run", "bpb", "cloze", "CORE", "parameters", "tokens", "FLOPs")
+    core = ["CORE"] if with_core else []
+    header = ["run", "bpb", "to its family", "cloze", *core, "parameters", "tokens", "FLOPs"]
     return table(header, [cells for _, _, cells in rows], [kind for _, kind, _ in rows])
+
+
+def _difference(run: FoundRun, runs: Sequence[FoundRun]) -> Cell:
+    found = against(run, runs)
+    if found is None:
+        return ""
+    return f"{found[0]:+.4f}" + ("" if found[1] else '<span class="tag">not decided</span>')
+
+
+def _has_core(run: FoundRun) -> bool:
+    return any((run.metrics or {}).get(name) is not None for name in ("core", "core_partial"))
 
 
 def _or_missing(value: float | None, digits: int, reason: str | None = None) -> Cell:
@@ -173,9 +191,10 @@ def _means(points: list[tuple[float, float]], parts: int) -> list[tuple[float, f
 def depth(found: Found) -> str:
     """What more steps of thought are worth, for families that can be stopped early."""
     return _csv_tables(
-        [run for run in found.runs if run.tables["depth"]],
+        [run for run in found.runs if len(run.tables["depth"]) > 1],
         "depth",
-        "Bits per byte of one pass, read out after every supervision step.",
+        "Bits per byte of one pass, read out after every supervision step; runs with one step only "
+        "are left out.",
     )
 
 

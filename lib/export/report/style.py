@@ -14,7 +14,7 @@ html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK JP",
   "Hiragino Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 60px; }
+main { max-width: 1120px; margin: 0 auto; padding: 20px 16px 60px; }
 header p { color: var(--soft); margin: 0 0 8px; }
 h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: .01em; }
 h2 { font-size: 19px; margin: 38px 0 8px; border-top: 2px solid var(--ink); padding-top: 8px; }
@@ -38,8 +38,8 @@ tr.beside td { color: var(--soft); font-style: italic; }
   padding: 0 4px; margin-left: 6px; font-style: normal; }
 .missing { color: var(--mark); }
 .ok { color: var(--good); } .wrong { color: var(--bad); font-weight: 700; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
-  gap: 14px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr));
+  gap: 12px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 6px;
   padding: 10px; min-width: 0; }
 figcaption { font-size: 13.5px; font-weight: 600; margin-bottom: 4px; }
@@ -59,6 +59,8 @@ dd b { font-weight: 700; color: var(--c0); }
 code { font: 12.5px ui-monospace, "DejaVu Sans Mono", monospace; }
 :target { background: color-mix(in srgb, var(--c6) 18%, transparent); }
 footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
+@media (max-width: 480px) { main { padding: 14px 8px 40px; } figure { padding: 6px 3px; }
+  th, td { padding: 5px 7px; } }
 @media print { .scroll { overflow: visible; } }
 """
 STYLE += "".join(
