@@ -335,45 +335,30 @@ def _disk_rate(total_bytes: int) -> float:
         place.unlink(missing_ok=True)
 
 
-def family_rows(family: str) -> Iterator[Row]:
-    """The deep checks: loss at start near ln V, causal, state equals the full forward."""
-    try:
-        yield from _deep(family)
-    except KumikiError as error:
-        yield Row(f"model {family}", "fail", str(error))
-
-
-def _deep(family: str) -> Iterator[Row]:
-    import math
-
+def family_rows(settings: Settings, run: str) -> Iterator[Row]:
+    """The deep checks of a run's family at the profile's own sizes (selfcheck.py); never raises."""
     import torch
 
-    from lib.core import params
-    from lib.models.base import build, load_family
+    from lib.cli.selfcheck import verify
+    from lib.models.base import load_family
+    from lib.train.precision import pick_device
 
-    settings = params.load()
-    config = settings.model.get(family) or load_family(family).Config()
-    V = 300
-    model = build(load_family(family), config, V, seed=0).eval()
-    count = sum(p.numel() for p in model.parameters())
-    yield Row(f"{family} parameters", "ok", f"{count:,}")
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(V, (2, 17), generator=draw)
-    with torch.no_grad():
-        whole, _ = model(tokens)
-        first, state = model(tokens[:, :9])
-        rest, _ = model(tokens[:, 9:], state)
-        other = tokens.clone()
-        other[:, -1] = (other[:, -1] + 1) % V
-        changed, _ = model(other)
-    error = float((torch.cat([first, rest], 1) - whole).abs().max())
-    yield _judged(f"{family} state", error, 1e-3, "cached = full forward")
-    error = float((changed[:, :-1] - whole[:, :-1]).abs().max())
-    yield _judged(f"{family} causality", error, 0.0, "earlier logits stay")
-    loss = float(torch.nn.functional.cross_entropy(whole[0, :-1, :V], tokens[0, 1:]))
-    yield _judged(f"{family} first loss", abs(loss - math.log(V)), 0.5, "near ln V")
-
-
-def _judged(name: str, error: float, bound: float, needed: str) -> Row:
-    state: State = "ok" if error <= bound else "fail"
-    return Row(name, state, f"off by {error:.2g}", f"{needed}, within {bound:g}")
+    section = settings.train.get(run)
+    if section is None:
+        yield Row(f"model {run}", "skip", "no run of this name in params.yaml")
+        return
+    encoding = settings.encode_tokens[section.tokens or "bpe"]
+    vocab_size = settings.train_tokenizer[encoding.tokenizer].vocab_size
+    family = section.family or run
+    try:
+        with torch.device("meta"):
+            model = load_family(family).Model(section.model, vocab_size)
+        count = sum(p.numel() for p in model.parameters())
+        yield Row(f"{run} parameters", "ok", f"{count:,}")
+        found = verify(family, section.model, vocab_size, pick_device(settings.runtime.device))
+    except (KumikiError, RuntimeError) as error:  # no memory for it, or a broken model
+        yield Row(f"model {run}", "fail", str(error).splitlines()[0], remedy=f"see {family}.py")
+        return
+    for name, good in found.items():
+        told, state = ("holds", "ok") if good is True else (str(good), "fail")
+        yield Row(f"{run} {name}", state, told, remedy=f"see lib/models/{family}.py")  # type: ignore[arg-type]  # one of State

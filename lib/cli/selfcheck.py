@@ -15,6 +15,7 @@ import torch
 from lib.core.rng import torch_generator
 from lib.models.base import Family, build, load_family
 from lib.train.job import Batch
+from lib.train.measure import reached_by_gradient
 
 TOKENS = 64  # of the rows that are looked at, where the context is not shorter
 
@@ -28,10 +29,13 @@ def verify(
     n = min(TOKENS, model.max_context or TOKENS)
     draw = torch_generator(1, "self-check", vocab_size)
     ids = torch.randint(vocab_size, (2, n + 1), generator=draw).to(device)
-    checks = _gradients(model, Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=0), vocab_size)
+    batch = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], step=0)
+    checks = {"first loss": _first_loss(model, batch, vocab_size)}
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=draw).to(p) * 0.02)
+    checks["gradients"] = _gradients(model, batch)
+    with torch.no_grad():
         model.eval()
         tokens = ids[:, :n]
         whole, _ = model(tokens)
@@ -44,25 +48,24 @@ def verify(
     return checks
 
 
-def _gradients(model: Family, batch: Batch, vocab_size: int) -> dict[str, bool | str]:
-    """First loss near ln V; a gradient, finite and not zero, of every parameter."""
-    first = 0.0
-    for loss in model.losses(batch):
-        if not isinstance(loss, torch.Tensor):  # a family that asks for updates within a batch
-            continue
-        loss.backward()
-        first += loss.item()
-    silent = [
-        name
-        for name, p in model.named_parameters()
-        if p.grad is None or not bool(torch.isfinite(p.grad).all()) or not bool(p.grad.any())
-    ]
-    model.zero_grad(set_to_none=True)
+def _first_loss(model: Family, batch: Batch, vocab_size: int) -> bool | str:
+    """Near ln V, as long as nothing has been learned."""
+    with torch.no_grad():
+        first = float(model.token_losses(batch.tokens, batch.targets).mean())
     expected = math.log(vocab_size)
-    return {
-        "first loss": abs(first - expected) < 0.25 or f"{first:.3f}, ln V is {expected:.3f}",
-        "gradients": not silent or f"none, or not finite: {', '.join(silent[:5])}",
-    }
+    return abs(first - expected) < 0.25 or f"{first:.3f}, ln V is {expected:.3f}"
+
+
+def _gradients(model: Family, batch: Batch) -> bool | str:
+    """A gradient, finite and not zero, of every parameter that is trained."""
+    for loss in model.losses(batch):
+        if isinstance(loss, torch.Tensor):  # a family may ask for updates within a batch
+            loss.backward()
+    reached = reached_by_gradient(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    silent = [name for name in trained if name not in reached]
+    model.zero_grad(set_to_none=True)
+    return not silent or f"none, or not finite: {', '.join(silent[:5])}"
 
 
 def _causality(

@@ -173,6 +173,19 @@ def test_doctor_passes_for_small_and_fails_on_a_broken_kernel(kumiki, monkeypatc
     assert "kernel scan" in err and "reference" in err
 
 
+def test_doctor_full_keeps_rates_and_judges_the_model(kumiki, monkeypatch):
+    from lib.cli import checkup, selfcheck
+
+    monkeypatch.setattr(checkup, "measure_rates", lambda: {"matmul_flops": 8e10})
+    code, out, _ = kumiki("doctor", "--family", "gpt", "--full", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and rows["gpt causality"]["state"] == rows["gpt gradients"]["state"] == "ok"
+    assert files.read_json(machines.cache_file()) == {"matmul_flops": 8e10}
+    monkeypatch.setattr(selfcheck, "verify", lambda *a: {"causality": "editing token 1 changes"})
+    code, _, err = kumiki("doctor", "--family", "gpt", "--full")
+    assert code == 4 and "gpt causality: editing token 1 changes" in err and "gpt.py" in err
+
+
 def test_doctor_shows_no_secret(kumiki, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     out = kumiki("doctor")[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.cli.selfcheck import verify
-from lib.models import load_family, phase7
+from lib.models import families, load_family, phase7
 from tests.test_family_contract import TINY
 
 V = 61
@@ -18,7 +18,7 @@ def check(name: str) -> dict[str, Any]:
     return verify(name, load_family(name).Config(**TINY[name][0]), V)
 
 
-@pytest.mark.parametrize("name", ["phase7", "phase8"])
+@pytest.mark.parametrize("name", families())
 def test_a_good_model_passes(name):
     assert set(check(name).values()) == {True}
 

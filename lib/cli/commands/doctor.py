@@ -12,6 +12,7 @@ from lib.cli.commands.config import load_profile
 from lib.core import files
 from lib.core.errors import EnvError, UserError
 from lib.core.heads import family_names
+from lib.core.progress import progress
 
 SIGNS = {"ok": "ok", "warn": "warn", "fail": "FAIL", "skip": "skip"}
 
@@ -33,8 +34,11 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
         rates = checkup.measure_rates()
         files.write_json(machines.cache_file(), rates)
         rows += rate_rows(rates)
-        for name in [family] if family else family_names():
-            rows += checkup.family_rows(name)
+        names = [family] if family else [n for n in family_names() if n in settings.train]
+        with progress(len(names), "families", "deep checks") as advance:
+            for name in names:
+                rows += checkup.family_rows(settings, name)
+                advance(1)
     rows.sort(key=lambda row: row.state == "fail")
     failed = [row for row in rows if row.state == "fail"]
     what = family or settings.profile
