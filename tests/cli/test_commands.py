@@ -21,6 +21,7 @@ from lib.core.artifact import Manifest
 from lib.core.lock import exclusive_lock
 from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
+from tests.test_family_contract import TINY
 
 D20 = {"steps": 21_400, "tokens": 11_219_763_200, "parameters": 560_988_160}
 
@@ -429,6 +430,34 @@ def test_dry_run_and_plan_need_no_files(kumiki, project):
     assert kumiki("bench", "gpt", "--dry-run", "1")[0] == 2
     assert kumiki("bench", "nothing")[0] == 2
     assert sorted(p for p in project.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_two_families_are_measured_side_by_side(kumiki, project, monkeypatch):
+    """Equal tokens at every length, a CSV beside the table, and which is faster from where on."""
+    from lib.cli.commands import bench
+
+    monkeypatch.setattr(bench, "LENGTHS", (16, 32))
+    sizes = {name: {**TINY[name][0]} for name in ("phase7", "phase8")}
+    text = (project / "params.yaml").read_text()
+    text = text.replace("train:\n", "train:\n" + "".join(f"  {n}: {{steps: 1}}\n" for n in sizes))
+    text = text.replace(
+        "model:\n",
+        f"model:\n{''.join(f'  {n}: {json.dumps(s)}' + chr(10) for n, s in sizes.items())}",
+    )
+    (project / "params.yaml").write_text(text)
+    code, out, err = kumiki("bench", "phase7", "phase8", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [(r["run"], r["context"]) for r in found["rows"]] == [
+        (n, length) for n in ("phase7", "phase8") for length in (16, 32)
+    ]
+    assert len({r["tokens"] for r in found["rows"]}) == 1
+    assert all(0 < r["step_p20_s"] <= r["step_s"] <= r["step_p80_s"] for r in found["rows"])
+    table = (project / found["csv"]).read_text().splitlines()
+    assert len(table) == 5 and table[0].startswith("run,context,parameters")
+    rows = [{"run": r, "context": c, "step_s": s, "tokens": 1} for r, c, s in
+            (("a", 16, 1.0), ("a", 32, 3.0), ("b", 16, 2.0), ("b", 32, 2.0))]  # fmt: skip
+    assert bench.crossover(rows, "a", "b") == ["b is faster than a from a context of 32"]
 
 
 def test_a_frozen_gradient_is_told(kumiki, monkeypatch):
