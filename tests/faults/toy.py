@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.core import artifact, dag, params, stage
+from lib.core import artifact, chunkstore, dag, params, stage
 from lib.core.artifact import Manifest
 from lib.models import families
 from tests.conftest import ROOT
@@ -152,34 +152,40 @@ def prepare(folder: Path, *steps: str) -> Path:
 
 
 def warm(project: Path, *steps: str) -> None:
-    """Imports, code hashes and parameters, once here: they are two thirds of a point's time.
-
-    No thread is started.
-    """
-    names = ["pandas", "certifi", "urllib3", "tiktoken.registry", "lib.data.extract"]
-    names += ["lib.data.encode", "lib.data.tokenizer", "lib.data.embedded", "lib.data.hub"]
-    models = any(STEPS[s].words[0] in MODELLED for s in steps)
-    if models:
-        import torch
-
-        torch.set_num_threads(1)
-        loss = torch.nn.Linear(4, 4)(torch.ones(2, 4)).square().sum()
-        loss.backward()
-        torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
-        names += ["lib.train.session", "lib.train.trainer", "lib.eval.judge", "lib.export.hf"]
-        names += ["lib.export.saved", "lib.export.samples", "safetensors.torch"]
-        names += ["tests.train.test_trainer"]  # what of a log follows the clock
-        names += [f"lib.models.{family}" for family in families()]
-    for name in [*names, *(f"stages.{step.words[0]}" for step in STEPS.values())]:
+    """Imports, code hashes and parameters, once here: they are two thirds of a point's time."""
+    names = ["pandas", "certifi", "urllib3", "tiktoken.registry"]
+    names += [f"lib.data.{n}" for n in ("extract", "encode", "tokenizer", "embedded", "hub")]
+    names += [f"stages.{step.words[0]}" for step in STEPS.values()]
+    hashed = [f"stages.{STEPS[e].words[0]}" for s in steps for e in (*order_of(s), s)]
+    if any(STEPS[step].words[0] in MODELLED for step in steps):
+        hashed += [f"lib.models.{family}" for family in families()]
+        hashed += [f"lib.export.{name}" for name in ("samples", "generate", "hf", "modeling")]
+        _warm_models()
+    for name in names:
         importlib.import_module(name)
-    hashed = {f"stages.{STEPS[e].words[0]}" for s in steps for e in (*order_of(s), s)}
-    if models:
-        hashed |= {f"lib.models.{family}" for family in families()}
-        hashed |= {f"lib.export.{name}" for name in ("samples", "generate", "hf", "modeling")}
-    for name in sorted(hashed):
+    for name in hashed:
         dag.code_hash(name, ROOT)
     params.read_yaml = _remembering(params.read_yaml)
     params.load(project)
+    chunkstore.mount_of = lambda place: "ext4"  # scratch is refused in memory, where toys may lie
+
+
+def _warm_models() -> None:
+    """What trains and evaluates is imported; no thread is started, as forks would hang."""
+    import torch
+
+    torch.set_num_threads(1)
+    loss = torch.nn.Linear(4, 4)(torch.ones(2, 4)).square().sum()
+    loss.backward()
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
+    names = ["train.session", "train.trainer", "eval.judge", "export.hf", "export.saved"]
+    names += [f"models.{family}" for family in families()]
+    for name in names:
+        importlib.import_module(f"lib.{name}")
+    importlib.import_module("safetensors.torch")
+    importlib.import_module("tests.train.test_trainer")  # what of a log follows the clock
+    samples = importlib.import_module("lib.export.samples")
+    samples.GREEDY_TOKENS, samples.FREE_TOKENS = 2, 4  # fewer of the same
 
 
 MODELLED = ("pretrain", "evaluate", "export", "precompute_embeddings")
