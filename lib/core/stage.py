@@ -41,9 +41,9 @@ from lib.core.process import PoolMap, StopRequest, die_with_parent, worker_pool
 from lib.core.run_settings import Runtime
 from lib.core.settings import Settings
 
-FORMAT_VERSION = (
-    1  # part of every fingerprint: raise it when the meaning of a working state changes
-)
+# Part of every fingerprint: raise it when the meaning of a working state changes. The manifests'
+# version is part too: what a reader of today refuses is left beside, and fresh work begins.
+FORMAT_VERSION = 1
 DONE, STATE = "done.json", "state.json"
 
 
@@ -238,7 +238,8 @@ def _find_work(run: Run, identity: Callable) -> None:
     for option, path in run.inputs.items():
         if not path.exists():
             raise UserError("input missing", value=f"--{option} {path}", remedy="`dvc repro`")
-    described = {"stage": run.stage.name, "item": run.name, "version": FORMAT_VERSION}
+    versions = [FORMAT_VERSION, artifact.VERSION]
+    described = {"stage": run.stage.name, "item": run.name, "version": versions}
     fingerprint = artifact.key_of("work", {**described, "identity": identity(run)})
     folder = run.stage.work.replace("{name}", run.name)
     run.fingerprint = fingerprint

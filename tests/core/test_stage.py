@@ -238,6 +238,19 @@ def test_a12_the_same_stage_twice_at_once_runs_once(project):
     assert outcome(project)[0] == 0
 
 
+def test_work_of_another_manifest_version_is_left_beside_and_begun_anew(project):
+    """Its manifests are refused with "run the stage again": the same folder would refuse for ever."""
+    (project / "in.txt").write_text("input")
+    toy = project / "toy.py"
+    toy.write_text("from lib.core import artifact\nartifact.VERSION = 1\n" + TOY)
+    assert outcome(project)[0] == 3
+    before = only_work(project)
+    toy.write_text(TOY)
+    assert outcome(project)[0] == 3
+    works = {p for p in before.parent.iterdir() if p.is_dir()}
+    assert before in works and len(works) == 2
+
+
 def test_changed_code_under_unfinished_work_needs_a_decision(project, monkeypatch, tmp_path):
     """pipeline.md 6: mixing units of two code versions would be silently wrong."""
     (project / "in.txt").write_text("input")
