@@ -1,7 +1,8 @@
 """Damage every kind of file that some stage reads, and see what the reader makes of it.
 
-`python -m tests.faults.damage FOLDER KIND [--flips N]` prints how many damages were refused with a
-sentence, mended (the reader ended with the very bytes of an undisturbed run), and did not matter.
+`python -m tests.faults.damage FOLDER READER [--flips N]` prints {kind: {outcome: how often}} of all
+that the step READER reads: refused with a sentence, or mended (it ended with the very bytes of an
+undisturbed run).
 Law:  never exit 0 with other bytes, never a traceback.
 A new kind of artefact is one line in `KINDS`.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections import Counter
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.crash import Injector, in_child, tree
-from tests.faults.toy import STEPS, prepare, run, skip
+from tests.faults.toy import STEPS, advance, prepare, run, skip
 
 Harm = Callable[[bytes], bytes]
 
@@ -87,6 +89,9 @@ def harms(data: bytes, others: list[bytes], flips: int, draw: random.Random) -> 
         changed[bit // 8] ^= 1 << bit % 8
         yield f"bit {bit} flipped", bytes(changed)
     first = draw.randrange(max(1, len(data) - 4096))
+    yield "a byte more", data + b"\0"
+    if changed := _other_version(data):
+        yield "another version", changed
     zeroed = data[:first] + bytes(len(data[first : first + 4096])) + data[first + 4096 :]
     yield "4 KiB zeroed", zeroed
     yield "removed", None
@@ -94,12 +99,21 @@ def harms(data: bytes, others: list[bytes], flips: int, draw: random.Random) -> 
         yield "another's bytes", other
 
 
-def state_before(folder: Path, kind: Kind) -> Path:
+def _other_version(data: bytes) -> bytes | None:
+    """The same JSON with the next format version, None where it has none."""
+    changed = re.sub(
+        rb'"version":(\d+)', lambda m: b'"version":%d' % (int(m[1]) + 1), data, count=1
+    )
+    return changed if changed != data else None
+
+
+def state_before(prepared: Path, folder: Path, kind: Kind) -> Path:
     """The project in which the reader will find the damage."""
-    project = prepare(folder, kind.reader)
+    project = folder / "start"
+    shutil.copytree(prepared, project, symlinks=True)
     words = STEPS[kind.reader].words
     if kind.ran:
-        assert in_child(lambda: run(project, *words)) == 0
+        advance(project, kind.reader)
     if kind.killed_at:
         assert os.WIFSIGNALED(in_child(lambda: run(project, *words), Injector(kind.killed_at)))
     return project
@@ -150,9 +164,11 @@ def planned(paths: list[Path], flips: int, most: int | None) -> list[tuple[Path,
     return draw.sample(found, most) if most and most < len(found) else found
 
 
-def enumerate_damage(folder: Path, kind: Kind, flips: int, most: int | None) -> Counter[str]:
+def enumerate_damage(
+    prepared: Path, folder: Path, kind: Kind, flips: int, most: int | None
+) -> Counter[str]:
     """Every damage to every file of the kind; how often each outcome was seen."""
-    start = state_before(folder, kind)
+    start = state_before(prepared, folder, kind)
     whole = folder / "whole"
     shutil.copytree(start, whole, symlinks=True)
     code, text = read_by(whole, kind)
@@ -182,14 +198,24 @@ def enumerate_damage(folder: Path, kind: Kind, flips: int, most: int | None) -> 
 
 
 def main() -> None:
-    """Damage one kind; the counts as JSON."""
+    """Damage all that one step reads; the counts as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--flips", type=int, default=100, help="over all files of the kind")
-    parser.add_argument("--most", type=int, help="damages, by lot; default all")
+    parser.add_argument("reader", choices=sorted({kind.reader for kind in KINDS.values()}))
+    parser.add_argument("--flips", type=int, default=100, help="over all files of a kind")
+    parser.add_argument("--most", type=int, help="damages of a kind, by lot; default all")
     given = parser.parse_args()
-    seen = enumerate_damage(given.folder, KINDS[given.kind], given.flips, given.most)
+    prepared, seen, wrong = prepare(given.folder, given.reader), {}, []
+    for name, kind in KINDS.items():
+        if kind.reader != given.reader:
+            continue
+        folder = given.folder / name
+        try:
+            seen[name] = enumerate_damage(prepared, folder, kind, given.flips, given.most)
+        except AssertionError as failure:
+            wrong.append(f"{name}: {failure}")
+        shutil.rmtree(folder)
+    assert not wrong, "\n".join(wrong)
     sys.stdout.write(json.dumps(seen) + "\n")
 
 

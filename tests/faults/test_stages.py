@@ -7,6 +7,7 @@ faults` does; else every `SAMPLE`-th is taken.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults.tally import tally
-from tests.faults.toy import STEPS
+from tests.faults.toy import CHAINS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 FULL = os.environ.get("KUMIKI_FAULTS_EVERY") == "1"
@@ -31,36 +32,37 @@ def every(kind: str) -> int:
     return int(os.environ.get("KUMIKI_FAULTS_EVERY", SAMPLE[kind]))
 
 
-def strike(folder: Path, step: str, *options: str) -> int:
-    """Points struck, in a process of its own."""
-    command = [sys.executable, "-m", "tests.faults.toy", str(folder), step, *options]
+def strike(folder: Path, chain: str, *options: str) -> dict[str, int]:
+    """Points struck by step, in a process of its own."""
+    command = [sys.executable, "-m", "tests.faults.toy", str(folder), chain, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return int(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def row_of(step: str) -> str:
     return ROWS.get(step) or ROWS.get(step.split("_")[0], "A5")
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a01_to_a08_kill_anywhere_then_the_same_command_gives_the_same_bytes(tmp_path, step):
-    points = strike(tmp_path, step, "--every", str(every("kill")))
-    assert points * every("kill") > 20, f"only {points} points"
-    tally(row_of(step), f"SIGKILL in {step}", points, "equal bytes after the same command")
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a01_to_a08_kill_anywhere_then_the_same_command_gives_the_same_bytes(tmp_path, chain):
+    for step, points in strike(tmp_path, chain, "--every", str(every("kill"))).items():
+        assert points * every("kill") > 20, f"{step}: only {points} points"
+        tally(row_of(step), f"SIGKILL in {step}", points, "equal bytes after the same command")
 
 
-@pytest.mark.parametrize("step", STEPS if FULL else ["extract", "train_gpt", "export_gpt"])
+@pytest.mark.parametrize("chain", CHAINS if FULL else ["extract", "train_gpt", "export_gpt"])
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
-def test_b01_b03_a_failing_disk_is_exit_4_and_the_same_command_ends_well(tmp_path, step, error):
-    points = strike(tmp_path, step, "--every", str(every(error)), "--errno", error)
-    assert points > 0
+def test_b01_b03_a_failing_disk_is_exit_4_and_the_same_command_ends_well(tmp_path, chain, error):
+    found = strike(tmp_path, chain, "--every", str(every(error)), "--errno", error)
     row = "B1" if error == "ENOSPC" else "B3"
-    tally(row, f"{error} in {step}", points, "exit 4, or done without; then equal bytes")
+    for step, points in found.items():
+        assert points > 0, step
+        tally(row, f"{error} in {step}", points, "exit 4, or done without; then equal bytes")
 
 
 @pytest.mark.parametrize("step", ["extract", "encode"])
 def test_workers_change_no_byte(tmp_path, step):
     """data.md 1.2: same inputs + same parameters = same bytes."""
-    assert strike(tmp_path, step, "--every", "0") > 5
+    assert strike(tmp_path, step, "--every", "0")[step] > 5

@@ -1,8 +1,8 @@
 """A toy project whose stages are killed everywhere, in a process of its own.
 
-`python -m tests.faults.toy FOLDER STEP [--every N] [--errno NAME]` prints the number of points that
-were struck. A fresh interpreter, because forks of a process in which Rust or OpenMP has started
-threads hang.
+`python -m tests.faults.toy FOLDER CHAIN [--every N] [--errno NAME]` strikes the steps of a chain
+(or one step), each at every N-th change of the file system, and prints {step: points}. A fresh
+interpreter, because forks of a process in which Rust or OpenMP has started threads hang.
 
 A new stage is one line in `STEPS`; a new family has its steps because its file is there, and a line
 in `MODELS` where its first size of the contract suite is not the one to use here.
@@ -86,6 +86,13 @@ if "cvfp" in RUNS:  # embeddings of a trained table, then two phases
     _contexts = ("--contexts", "checkpoints/phase1_cvfp/final")
     _words = ("pretrain", "--run", "cvfp", *_rows, *_contexts)
     STEPS["train_cvfp"] = Step(_words, ("train_phase1_cvfp",))
+# What one process strikes, in order: the data, then every family.
+CHAINS = {"data": ("download", "extract", "bpe", "spm", "encode")} | {
+    family: tuple(f"{word}_{family}" for word in ("train", "evaluate", "export"))
+    for family in families()
+}
+if "cvfp" in CHAINS:
+    CHAINS["cvfp"] = ("embed", "train_phase1_cvfp", *CHAINS["cvfp"])
 
 
 def params_text() -> str:
@@ -137,18 +144,20 @@ def order_of(step: str) -> list[str]:
     return found
 
 
-def prepare(folder: Path, *steps: str) -> Path:
-    """The toy project as `steps` find it: all that they need has run."""
+def prepare(folder: Path, step: str, *later: str) -> Path:
+    """The toy project as `step` finds it: all that it needs has run; `later` steps are warm too."""
     project = folder / "prepared"
     write_project(project)
-    warm(project, *steps)
-    done: list[str] = []
-    for step in steps:
-        for earlier in (s for s in order_of(step) if s not in done):
-            status = in_child(lambda words=STEPS[earlier].words: run(project, *words))
-            assert status == 0, f"{earlier} ends with {os.waitstatus_to_exitcode(status)}"
-            done.append(earlier)
+    warm(project, step, *later)
+    for earlier in order_of(step):
+        advance(project, earlier)
     return project
+
+
+def advance(project: Path, step: str) -> None:
+    """Run one step in the project."""
+    status = in_child(lambda: run(project, *STEPS[step].words))
+    assert status == 0, f"{step} ends with {os.waitstatus_to_exitcode(status)}"
 
 
 def warm(project: Path, *steps: str) -> None:
@@ -256,20 +265,9 @@ def bytes_of(start: Path, folder: Path, step: str, workers: int) -> dict[str, st
     return {n: h for n, h in tree(path, skip).items() if n != "params.yaml"}
 
 
-def main() -> None:
-    """Enumerate the crash points of one step; with --every 0, compare worker counts."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--errno", choices=("ENOSPC", "EIO"))
-    given = parser.parse_args()
-    start, words = prepare(given.folder, given.step), STEPS[given.step].words
-    if given.every == 0:
-        one, two = (bytes_of(start, given.folder, given.step, n) for n in (1, 2))
-        assert one == two, sorted(n for n in one | two if one.get(n) != two.get(n))
-        sys.stdout.write(f"{len(one)}\n")
-        return
+def strike(start: Path, folder: Path, step: str, every: int, error: int | None) -> int:
+    """Strike one step everywhere, beginning with the project `start`; the number of points."""
+    words = STEPS[step].words
 
     def whole(path: Path) -> int:
         """The step; beside what it leaves, what its log says but for the clock."""
@@ -278,11 +276,37 @@ def main() -> None:
             (path / "log_without_clock").write_text(log_without_clock(path))
         return code
 
+    return enumerate_crashes(whole, copies(start, folder), manifests_hold, skip, every, error)
+
+
+def main() -> None:
+    """Enumerate the crash points of a chain; with --every 0, compare worker counts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("chain", choices=(*CHAINS, *STEPS))
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--errno", choices=("ENOSPC", "EIO"))
+    given = parser.parse_args()
+    steps = CHAINS.get(given.chain, (given.chain,))
+    project = prepare(given.folder, *steps)
     number = getattr(errno, given.errno) if given.errno else None
-    points = enumerate_crashes(
-        whole, copies(start, given.folder), manifests_hold, skip, given.every, number
-    )
-    sys.stdout.write(f"{points}\n")
+    points, wrong = {}, []
+    for step in steps:
+        folder = given.folder / step
+        folder.mkdir()
+        try:
+            if given.every == 0:
+                one, two = (bytes_of(project, folder, step, n) for n in (1, 2))
+                assert one == two, sorted(n for n in one | two if one.get(n) != two.get(n))
+                points[step] = len(one)
+            else:
+                points[step] = strike(project, folder, step, given.every, number)
+        except AssertionError as failure:
+            wrong.append(f"{step}: {failure}")
+        shutil.rmtree(folder)
+        advance(project, step)
+    assert not wrong, "\n".join(wrong)
+    sys.stdout.write(json.dumps(points) + "\n")
 
 
 if __name__ == "__main__":
