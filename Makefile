@@ -51,20 +51,16 @@ format: setup
 	ruff check --fix .
 	ruff format .
 
-FAULTS := .kumiki-faults.jsonl
+FAULTS := .kumiki-faults
 faults: setup  ## the whole fault catalogue, every crash point; writes docs/reliability.md
-	rm -f $(FAULTS)
-	export KUMIKI_FAULTS_EVERY=1 KUMIKI_FAULTS_REPORT=$(CURDIR)/$(FAULTS); $(call halves,faults or slow)
-	python -m tests.faults.catalogue $(FAULTS)
+	rm -f $(FAULTS).jsonl
+	KUMIKI_FAULTS_EVERY=1 KUMIKI_FAULTS_REPORT=$(CURDIR)/$(FAULTS).jsonl \
+	  python -m pytest -q -n auto --dist worksteal --junitxml $(FAULTS).xml \
+	  $$(python -m tests.faults.catalogue)
+	python -m tests.faults.catalogue $(FAULTS).jsonl $(FAULTS).xml
 
 faults-sample: setup  ## a fixed sample of it, minutes
-	$(call halves,faults)
-
-# The kills of every stage beside all else: two processes, for two cores.
-define halves
-python -m pytest -q -m "$(1)" -k a01_to_a08 tests/faults/test_stages.py & first=$$!; \
-python -m pytest -q -m "$(1)" -k "not a01_to_a08" tests || { wait $$first; exit 1; }; wait $$first
-endef
+	python -m pytest -q -n auto --dist worksteal -m faults tests
 
 clean-state:  ## forget all working state and scratch; then `dvc repro -f` recomputes everything
 	rm -rf data/work checkpoints/*/work scratch

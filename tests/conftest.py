@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real data is absent: {SHARED.name}/ does not lie beside the project")
     return SHARED
+
+
+@pytest.fixture
+def fast_folder(tmp_path: Path) -> Iterator[Path]:
+    """A fresh folder, in memory where there is one: thousands of trees and fsyncs cost seconds."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="kumiki-", dir=memory) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -239,7 +239,7 @@ def test_a12_the_same_stage_twice_at_once_runs_once(project):
 
 
 def test_work_of_another_manifest_version_is_left_beside_and_begun_anew(project):
-    """Its manifests are refused with "run the stage again": the same folder would refuse for ever."""
+    """Manifests are refused with "run the stage again": the same folder would refuse for ever."""
     (project / "in.txt").write_text("input")
     toy = project / "toy.py"
     toy.write_text("from lib.core import artifact\nartifact.VERSION = 1\n" + TOY)

@@ -1,15 +1,18 @@
 """The fault catalogue (reliability.md 5): every row, and the tests that prove its promise.
 
-`python -m tests.faults.catalogue REPORT` writes docs/reliability.md from it and from what the tests
-counted (tally.py). A row without a test says why; test_catalogue.py holds both against the tree.
+`python -m tests.faults.catalogue` prints what `make faults` runs: this folder, and the rows' tests
+outside of it. With `COUNTS JUNIT...`
+it writes docs/reliability.md from what the tests counted (tally.py) and how they ended, and exits 1
+where a row has no test that passed. test_catalogue.py holds rows and tests against the tree.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tests.conftest import ROOT
 from tests.faults import tally
@@ -39,6 +42,7 @@ class Row:
     gap: str = ""
 
 
+AGAIN = f"{STAGES}::test_a01_to_a08_killed_again_in_the_recovery_it_ends_with_the_same_bytes"
 KILL = f"{STAGES}::test_a01_to_a08_kill_anywhere_then_the_same_command_gives_the_same_bytes"
 ROWS: dict[str, Row] = {
     "A1": Row("SIGKILL anywhere in download", "equal bytes after the same command", (
@@ -48,16 +52,18 @@ ROWS: dict[str, Row] = {
     "A3": Row("SIGKILL anywhere in tokenizer training", "as A1", (KILL,)),
     "A4": Row("SIGKILL anywhere in encode", "as A1", (
         KILL, f"{ENCODE}::test_a_killed_encoding_goes_on_after_finished_parts")),
-    "A5": Row("SIGKILL anywhere in embeddings, contexts", "as A1", (KILL,),
-              "stages that are in toy.STEPS"),
+    "A5": Row("SIGKILL anywhere in embeddings, contexts", "as A1", (
+        KILL, f"{F}test_cvfp.py::"
+        "test_a09_sweeps_killed_at_any_file_operation_end_with_the_same_bytes")),
     "A6": Row("SIGKILL anywhere in evaluate", "as A1", (
         KILL, f"{BPB}::test_kill_at_any_block_continues_to_the_same_number")),
     "A7": Row("SIGKILL anywhere in export", "as A1", (KILL,)),
     "A8": Row("SIGKILL anywhere in training, every family", "weights, state, log, curves equal", (
         KILL, f"{CRASH}::test_a08_training_killed_at_any_file_operation_ends_with_the_same_bytes",
-        f"{CRASH}::test_a08_killed_again_during_the_recovery",
+        f"{CRASH}::test_a08_killed_again_during_the_recovery", AGAIN,
         f"{TWINS}::test_a08_twins_killed_at_random_moments_end_equal")),
     "A9": Row("SIGKILL between the parts of a step; during a swap of buffers", "as A8", (
+        f"{F}test_cvfp.py::test_a09_sweeps_killed_at_any_file_operation_end_with_the_same_bytes",
         f"{TRAINER}::test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one",
         f"{TRAINER}::test_a_family_may_ask_for_a_checkpoint_and_keeps_its_own_files",
         f"{TRAINER}::test_state_on_disk_of_another_generation_is_refused")),
@@ -78,9 +84,8 @@ ROWS: dict[str, Row] = {
         f"{PRETRAIN}::test_a13_a_finished_run_is_a_no_op_that_touches_no_file")),
     "A14": Row("loss of power", "the newest durable checkpoint loads, no manifest lies", (
         f"{F}test_power.py::test_a14_the_newest_durable_checkpoint_survives_a_loss_of_power",)),
-    "A15": Row("clock set back, project moved or copied", "up to date", (
-        f"{DISKS}::test_a15_moved_and_copied_projects_and_an_older_clock_change_nothing",),
-        "host names are not changed"),
+    "A15": Row("clock set back, other host name, project moved or copied", "up to date", (
+        f"{DISKS}::test_a15_moved_and_copied_projects_and_an_older_clock_change_nothing",)),
     "B1": Row("ENOSPC at every write; a tmpfs that fills up", "exit 4 with numbers, no SIGBUS", (
         f"{STAGES}::test_b01_b03_a_failing_disk_is_exit_4_and_the_same_command_ends_well",
         f"{DISKS}::test_b01_a_disk_that_fills_up_is_exit_4_and_never_a_signal")),
@@ -93,11 +98,14 @@ ROWS: dict[str, Row] = {
         f"{DISKS}::test_b03_native_writers_end_with_4_or_die_and_leave_no_final_name",
         f"{FILES}::test_a_failing_disk_is_one_sentence_and_leaves_nothing")),
     "B4": Row("read-only disk", "exit 4 before work", (
-        f"{DISKS}::test_b04_a_read_only_project_is_exit_4_before_work",), "quotas"),
-    "B5": Row("few descriptors; awkward names", "works, or exit 4", (
+        f"{DISKS}::test_b04_a_read_only_project_is_exit_4_before_work",
+        f"{FILES}::test_a_failing_disk_is_one_sentence_and_leaves_nothing"),
+        "a file system with quotas needs root; its EDQUOT is injected"),
+    "B5": Row("few descriptors, no inodes; awkward names", "works, or exit 4", (
         f"{DISKS}::test_b05_names_with_spaces_other_scripts_and_200_characters",
+        f"{DISKS}::test_b05_a_disk_without_inodes_is_exit_4_and_the_same_command_ends_well",
         f"{DISKS}::test_b05_too_few_descriptors_is_a_sentence"),
-        "inodes; file systems that fold case"),
+        "file systems that fold case cannot be mounted without root"),
     "B6": Row("payload or manifest removed, damaged, exchanged", "exit 3, or made again", (
         f"{DAMAGE}::test_b06_damage_is_refused_or_mended_and_never_read",
         f"{ARTIFACT}::test_every_flipped_bit_of_a_manifest_is_refused")),
@@ -107,7 +115,7 @@ ROWS: dict[str, Row] = {
     "B8": Row("no GPU, no Triton, no network", "CPU and reference path", (
         "tests/nn/test_attention.py::test_an_absent_engine_is_an_error_never_a_fallback",
         f"{PARAMS}::test_the_small_profile_is_an_empty_overlay_and_offline"),
-        "a GPU that is visible without a driver"),
+        "a GPU that is visible without a driver needs one"),
     "C1": Row("5xx, resets, DNS failures, then success", "bounded retries, by range", (
         f"{FETCH}::test_c01_passing_failures_are_retried",
         f"{FETCH}::test_c01_retries_are_bounded_and_jittered")),
@@ -184,7 +192,8 @@ ROWS: dict[str, Row] = {
     "E6": Row("parameter mistakes", "all at once, exit 2", (
         f"{PARAMS}::test_all_errors_are_told_at_once",
         f"{PRETRAIN}::test_e06_mistakes_are_all_named_at_once_before_torch")),
-    "E7": Row("parameters or code changed in mid-run", "fresh folder, or a decision", (
+    "E7": Row("parameters, code or formats changed in mid-run", "fresh folder, or a decision", (
+        f"{STAGE}::test_work_of_another_manifest_version_is_left_beside_and_begun_anew",
         f"{PRETRAIN}::test_e07_a_changed_parameter_begins_beside_and_its_return_finds_the_old_model",
         f"{STAGE}::test_changed_code_under_unfinished_work_needs_a_decision")),
     "E8": Row("another stack", "continues, says which field", (
@@ -227,24 +236,60 @@ CONTROLS = {
         f"{F}test_power.py::test_control_without_the_fsync_of_files_a_manifest_lies",
     "without the death signal":
         f"{CONCURRENT}::test_control_without_the_death_signal_the_stage_lives_on",
+    "without a commit at every swap":
+        f"{F}test_cvfp.py::test_control_without_a_commit_at_every_chunk_the_run_does_not_come_back",
+    "a reader that lets its library's error out":
+        f"{FUZZ}::test_control_a_reader_that_lets_its_librarys_error_out_is_caught",
+    "a reader that believes a length":
+        f"{FUZZ}::test_control_a_reader_that_believes_a_length_meets_the_limit",
     "skip what exists": f"{F}test_controls.py::test_a_writer_that_skips_existing_files_is_caught",
     "manifest first": f"{F}test_controls.py::test_a_manifest_written_first_is_caught",
 }  # fmt: skip
 
 
-def page(counts: list[dict]) -> str:
+Results = dict[str, Counter[str]]  # `file::test` -> how often it passed, failed, was skipped
+
+
+def results_of(reports: list[Path]) -> Results:
+    """How every test of some JUnit reports ended; parameters of one test are counted together."""
+    found: Results = defaultdict(Counter)
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = case.get("classname", "").replace(".", "/") + ".py"
+            test = f"{name}::{case.get('name', '').partition('[')[0]}"
+            bad = case.find("failure") is not None or case.find("error") is not None
+            skipped = "skipped" if case.find("skipped") is not None else "passed"
+            found[test]["failed" if bad else skipped] += 1
+    return found
+
+
+def unproven(results: Results) -> list[str]:
+    """Rows and controls of which some test failed or none passed, one line each."""
+    every = {**{n: row.tests for n, row in ROWS.items()}, **{n: (t,) for n, t in CONTROLS.items()}}
+    return [
+        name
+        for name, tests in every.items()
+        if any(results[t]["failed"] for t in tests) or not any(results[t]["passed"] for t in tests)
+    ]
+
+
+def seen(name: str, counts: list[dict], results: Results) -> str:
+    """What one row's tests did, then what they counted."""
+    total = sum((results[test] for test in ROWS[name].tests), Counter())
+    ends = ", ".join(f"{total[end]} {end}" for end in ("passed", "failed", "skipped") if total[end])
+    told = [f"{c['injected']}: {c['count']}, {c['seen']}" for c in counts if c["row"] == name]
+    return "; ".join([f"{ends} tests" if ends else "-", *told])
+
+
+def page(counts: list[dict], results: Results) -> str:
     """docs/reliability.md."""
-    of: dict[str, list[dict]] = defaultdict(list)
-    for line in counts:
-        of[line["row"]].append(line)
     kills = sum(c["count"] for c in counts if c["injected"].startswith("SIGKILL"))
     damaged = sum(c["count"] for c in counts if c["injected"].startswith("damaged"))
     lines = [
         "# Reliability: the fault catalogue and what was seen",
         "",
-        "Generated by `make faults` (`python -m tests.faults.catalogue REPORT`). Each row: what is "
-        "injected, what is promised, the tests that prove it, and what this run counted. `-`: this "
-        "run counted nothing there.",
+        "Written by `make faults`. Each row: what is injected, what is promised, the tests that "
+        "prove it, how they ended and what they counted. `-`: not run.",
         "",
         f"Crash points in this run: **{kills:,}**. Damaged files: **{damaged:,}**. Silently wrong: "
         "**0** (one would be a failed test).",
@@ -254,19 +299,30 @@ def page(counts: list[dict]) -> str:
     ]
     for name, row in ROWS.items():
         tests = ", ".join(f"`{t.rpartition('::')[2]}`" for t in row.tests)
-        seen = "; ".join(f"{c['injected']}: {c['count']}, {c['seen']}" for c in of[name])
         gap = f" Not tested: {row.gap}." if row.gap else ""
-        lines.append(f"| {name} | {row.inject} | {row.promise} | {tests} | {seen or '-'}.{gap} |")
+        told = seen(name, counts, results)
+        lines.append(f"| {name} | {row.inject} | {row.promise} | {tests} | {told}.{gap} |")
     lines += ["", "## Negative controls", "", "Each breaks one rule; the suite must turn red.", ""]
-    lines += [f"- {what}: `{test.rpartition('::')[2]}`" for what, test in CONTROLS.items()]
+    for what, test in CONTROLS.items():
+        red = "turned red" if results[test]["passed"] else "-"
+        lines.append(f"- {what}: `{test.rpartition('::')[2]}`, {red}")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the page."""
-    counts = tally.read(Path(sys.argv[1])) if len(sys.argv) > 1 else []
-    (ROOT / "docs/reliability.md").write_text(page(counts))
+def main() -> int:
+    """Print the tests, or write the page."""
+    if len(sys.argv) == 1:
+        tests = {t for row in ROWS.values() for t in row.tests} | set(CONTROLS.values())
+        outside = sorted(t for t in tests if not t.startswith(F))
+        sys.stdout.write("\n".join([F, *outside]) + "\n")
+        return 0
+    counts, reports = tally.read(Path(sys.argv[1])), [Path(name) for name in sys.argv[2:]]
+    results = results_of(reports)
+    (ROOT / "docs/reliability.md").write_text(page(counts, results))
+    bad = unproven(results)
+    sys.stderr.write("".join(f"error: not proven by this run: {name}\n" for name in bad))
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -118,11 +118,13 @@ def enumerate_crashes(
     skip: Callable[[str], bool] = lambda name: False,
     every: int = 1,
     error: int | None = None,
+    twice: bool = False,
 ) -> int:
     """Kill `action(folder(N))` at every `every`-th mutation; returns the number of points killed.
 
     folder(N) makes a fresh working folder. inspect(path) raises when something committed is wrong.
     error: the operation fails with this errno instead, and the action ends with code 4 (or 0).
+    twice: the rerun is killed too, somewhere, and the run after that must end well.
     AssertionError names the points that went wrong; after three of them no more are tried.
     The rerun is left out where the kill leaves what an earlier one has left: about every second.
     """
@@ -143,6 +145,9 @@ def enumerate_crashes(
         try:
             _judge(status, error)
             inspect(path)
+            if twice:
+                in_child(lambda path=path: action(path), Injector(1 + 31 * point % (point + 17)))
+                inspect(path)
             left = _state(path, skip)
             if left not in seen:
                 assert in_child(lambda path=path: action(path)) == 0, "the rerun fails"

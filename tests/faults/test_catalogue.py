@@ -8,7 +8,7 @@ import functools
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults.catalogue import CONTROLS, ROWS, page
+from tests.faults.catalogue import CONTROLS, ROWS, page, results_of, unproven
 
 COUNTS = {"A": 15, "B": 8, "C": 11, "D": 9, "E": 12, "F": 6}
 
@@ -37,6 +37,15 @@ def test_every_control_exists():
         assert function in functions_of(file), test
 
 
-def test_the_page_holds_what_was_counted():
+def test_the_page_holds_what_was_counted_and_how_tests_ended(tmp_path):
+    report, test = tmp_path / "junit.xml", ROWS["A13"].tests[0]
+    classname = test.partition(".py")[0].replace("/", ".")
+    case = f'<testcase classname="{classname}" name="{test.rpartition("::")[2]}[x]">'
+    report.write_text(f"<suites><suite>{case}</testcase></suite></suites>")
+    results = results_of([report])
+    assert "A13" not in unproven(results) and "A1" in unproven(results)
     counts = [{"row": "A8", "injected": "SIGKILL in x", "count": 1234, "seen": "equal"}]
-    assert "1,234" in page(counts) and "SIGKILL in x: 1234, equal" in page(counts)
+    text = page(counts, results)
+    assert "1,234" in text and "SIGKILL in x: 1234, equal" in text and "1 passed tests" in text
+    report.write_text(f"<suites><suite>{case}<failure/></testcase></suite></suites>")
+    assert "A13" in unproven(results_of([report]))

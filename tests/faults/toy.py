@@ -1,8 +1,8 @@
 """A toy project whose stages are killed everywhere, in a process of its own.
 
-`python -m tests.faults.toy FOLDER CHAIN [--every N] [--errno NAME]` strikes the steps of a chain
-(or one step), each at every N-th change of the file system, and prints {step: points}. A fresh
-interpreter, because forks of a process in which Rust or OpenMP has started threads hang.
+`python -m tests.faults.toy FOLDER CHAIN [--every N] [--errno NAME | --twice]` strikes the steps of
+a chain (or one step), each at every N-th change of the file system, and prints {step: points}. A
+fresh interpreter, because forks of a process in which Rust or OpenMP has started threads hang.
 
 A new stage is one line in `STEPS`; a new family has its steps because its file is there, and a line
 in `MODELS` where its first size of the contract suite is not the one to use here.
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.core import artifact, chunkstore, dag, params, stage
 from lib.core.artifact import Manifest
@@ -265,7 +266,7 @@ def bytes_of(start: Path, folder: Path, step: str, workers: int) -> dict[str, st
     return {n: h for n, h in tree(path, skip).items() if n != "params.yaml"}
 
 
-def strike(start: Path, folder: Path, step: str, every: int, error: int | None) -> int:
+def strike(start: Path, folder: Path, step: str, every: int, **how: Any) -> int:
     """Strike one step everywhere, beginning with the project `start`; the number of points."""
     words = STEPS[step].words
 
@@ -276,7 +277,7 @@ def strike(start: Path, folder: Path, step: str, every: int, error: int | None) 
             (path / "log_without_clock").write_text(log_without_clock(path))
         return code
 
-    return enumerate_crashes(whole, copies(start, folder), manifests_hold, skip, every, error)
+    return enumerate_crashes(whole, copies(start, folder), manifests_hold, skip, every, **how)
 
 
 def main() -> None:
@@ -286,10 +287,12 @@ def main() -> None:
     parser.add_argument("chain", choices=(*CHAINS, *STEPS))
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--errno", choices=("ENOSPC", "EIO"))
+    parser.add_argument("--twice", action="store_true", help="the recovery is killed too")
     given = parser.parse_args()
     steps = CHAINS.get(given.chain, (given.chain,))
     project = prepare(given.folder, *steps)
     number = getattr(errno, given.errno) if given.errno else None
+    how = {"error": number, "twice": given.twice}
     points, wrong = {}, []
     for step in steps:
         folder = given.folder / step
@@ -300,7 +303,7 @@ def main() -> None:
                 assert one == two, sorted(n for n in one | two if one.get(n) != two.get(n))
                 points[step] = len(one)
             else:
-                points[step] = strike(project, folder, step, given.every, number)
+                points[step] = strike(project, folder, step, given.every, **how)
         except AssertionError as failure:
             wrong.append(f"{step}: {failure}")
         shutil.rmtree(folder)
