@@ -1,9 +1,9 @@
 """The fault catalogue (reliability.md 5): every row, and the tests that prove its promise.
 
 `python -m tests.faults.catalogue` prints what `make faults` runs: this folder, and the rows' tests
-outside of it. With `COUNTS JUNIT...`
-it writes docs/reliability.md from what the tests counted (tally.py) and how they ended, and exits 1
-where a row has no test that passed. test_catalogue.py holds rows and tests against the tree.
+outside of it. With `COUNTS JUNIT...` it writes docs/reliability.md from what the tests counted
+(tally.py) and how they ended, and exits 1 where a row has no test that passed. test_catalogue.py
+holds rows and tests against the tree.
 """
 
 from __future__ import annotations
