@@ -15,7 +15,7 @@ from lib.core.errors import EnvError, InputError
 from lib.eval import core, reference
 from lib.eval.batched import Answerer
 from lib.eval.bpb import Ranks
-from lib.eval.bundle import Task, read_rows
+from lib.eval.bundle import Task, read_bundle, read_rows
 from lib.eval.core import Exam
 from lib.eval.prompts import make_examples
 from lib.models import families, load_family
@@ -93,6 +93,26 @@ def test_fast_decides_as_the_reference_on_every_family(name, kind, tmp_path):
                 assert one.answer.correct == want.correct
                 for ours, theirs in zip(one.answer.scores, want.scores, strict=True):
                     assert np.allclose(ours.nats, theirs.nats, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", families())
+def test_fast_decides_as_the_reference_on_real_tasks(name, shared):
+    """All tasks of the bundle, the first rows of a pool of 40: real lengths, crops, empty spans."""
+    model = make_model(name)
+    limit = min(model.max_context or 256, 256)
+    tasks = read_bundle(shared / "data/eval_bundle").tasks
+    assert len(tasks) == 21
+    for task in tasks:
+        examples = list(
+            make_examples(
+                task, read_rows(task, 40), encode,
+                start_id=256, max_context=limit, wanted=range(3),
+            )
+        )  # fmt: skip
+        wanted = [reference.answer(model, task.kind, e, vocab_size=258).pred for e in examples]
+        for share in (True, False):
+            found = Answerer(model=model, vocab_size=258, share=share)(task, examples)
+            assert [one.answer.pred for one in found] == wanted, (task.label, share)
 
 
 def test_what_choices_share_is_run_once(tmp_path):
