@@ -238,15 +238,27 @@ def reading(folder: Path, tokens: int, turns: int) -> None:
 
 
 def memory(folder: Path, tokens: int) -> None:
-    """Two sweeps over `tokens` tokens in this process; its peak resident bytes."""
+    """Sweep 0 over `tokens` tokens, then pass 1 of a learning chunk and a part of its pass 2.
+
+    The rest of pass 2 takes no more: the peak is printed on the way.
+    """
     os.environ["KUMIKI_SCRATCH"] = str(folder)
     chunk = min(tokens, 1_000_000)
-    model = model_of(tokens, chunk, folder / "memory", 2**30)
-    began = time.process_time()
-    for number in range(-(-tokens // chunk) + 1):
+    model, began = model_of(tokens, chunk, folder / "memory", 2**30), time.process_time()
+    chunks = -(-tokens // chunk)
+    for number in range(chunks):
         step(model, number)
-    say(f"memory: {tokens:,} tokens, {number + 1} chunks, peak {peak_bytes() / 1e9:.2f} GB, "
-        f"{time.process_time() - began:.0f} s of CPU")  # fmt: skip
+    say(f"sweep 0: {tokens:,} tokens, peak {peak_bytes() / 1e9:.2f} GB")
+    batch: Any = SimpleNamespace(tokens=None, targets=None, step=chunks, rows=None)
+    for number, loss in enumerate(model.losses(batch)):
+        if number % 64 == 0:
+            say(f"micro-batch {number}: peak {peak_bytes() / 1e9:.2f} GB")
+        if number == 256:
+            break
+        backward(loss)
+    seconds, planned = time.process_time() - began, model.planned_bytes() / 1e9
+    say(f"memory: {tokens:,} tokens in chunks of {chunk:,}, peak {peak_bytes() / 1e9:.2f} GB, "
+        f"planned {planned:.2f} GB, {seconds:.0f} s of CPU")  # fmt: skip
 
 
 def peak_bytes() -> int:

@@ -117,7 +117,7 @@ class Config:
     buffers: Literal["double", "slots"] | None = None
     spare_chunks: int = 1  # of slots
     store_dtype: Literal["float16", "bfloat16", "float32", "float64", "int8"] = "float16"
-    halo_tol: float = 1e-6  # rms, of sweep 0
+    halo_tol: float = 1e-6  # rms, of sweep 0; the matmuls' rounding where that is larger
     converged_mse: float = 0.03  # a token has converged below it
     stop_at_converged: float | None = None  # share of tokens at which sweeps end
     keep_contexts: bool = False

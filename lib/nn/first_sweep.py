@@ -15,7 +15,7 @@ from lib.core.errors import UserError
 from lib.core.rng import torch_generator
 from lib.nn import probes
 from lib.nn.budget import FIRST_BLOCK
-from lib.nn.context import Weights
+from lib.nn.context import Weights, matmul_dtype
 from lib.nn.halo import Repairs, halo, warm_tokens
 from lib.nn.objective import Learner, unique_tables
 from lib.nn.sweeps import Sweeps
@@ -46,7 +46,11 @@ def write_first_sweep(
             value=f"{model.source.tokens:,}", remedy="leave it out of seed_defects",
         )  # fmt: skip
     rho = contraction_of(model, weights, start, stop)
-    warm = warm_tokens(rho, config.halo_tol, FIRST_BLOCK // HALO_ROWS)
+    # Trajectories cannot be told apart below the rounding of their matmuls: in bf16 every segment
+    # would be stepped again to its end, round after round: 20 times as slow (seen).
+    tol = max(config.halo_tol, torch.finfo(matmul_dtype(weights.b[0])).eps)
+    # Twice what the mean contraction asks for: with once a third of the segments was repaired.
+    warm = 2 * warm_tokens(rho, tol, FIRST_BLOCK // HALO_ROWS)
     writer, repairs, sample = disk.writer(0, j), Repairs(), []
     for first in range(start, stop, FIRST_BLOCK):
         last = min(stop, first + FIRST_BLOCK)
@@ -54,7 +58,7 @@ def write_first_sweep(
         rows = last - first if slow else max(64, -(-(last - first) // HALO_ROWS))
         made = halo(
             c, side, last - first, weights, segment=rows, warm=warm,
-            tol=config.halo_tol, keep=keep, repairs=repairs,
+            tol=tol, keep=keep, repairs=repairs,
         )  # fmt: skip
         writer.put(made)
         c = writer.last.to(wide)

@@ -93,7 +93,7 @@ def _repair(Z, c, rows, at, token_side, weights, kept, tol) -> int:  # type: ign
         P, keeps = token_side(at[t : t + 1, rows]), kept(at[t, rows])
         c = c if keeps is None else c * keeps[:, None]
         c = step_rows(c, [p[0] for p in P], weights.narrow(P[0].dtype), weights)
-        differ = (c - Z[rows, t]).square().mean(-1).sqrt() > tol / 8
+        differ = (c - Z[rows, t]).square().mean(-1).sqrt() > tol / 2
         Z[rows, t] = c
         redone += len(rows)
         rows, c = rows[differ], c[differ]
