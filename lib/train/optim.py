@@ -145,6 +145,10 @@ class Optimizer:
             stack.step(multipliers)
         self._share(self._matrices)
 
+    def rate(self, multipliers: Multipliers) -> float:
+        """The learning rate that stands in the log: the first group's."""
+        return self.groups[0].lr * multipliers.lr
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for group in self.groups:

@@ -14,7 +14,7 @@ import torch
 
 from lib.core.errors import UserError
 
-FIRST_SCALE, GROWTH_STEPS, MIN_SCALE = 2.0**16, 2000, 1.0
+FIRST_SCALE, GROWTH_STEPS, MIN_SCALE, MAX_SKIPS = 2.0**16, 2000, 1.0, 20
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -77,23 +77,35 @@ class LossScaler:
     def __init__(self, dtype: torch.dtype) -> None:
         self.active = dtype == torch.float16
         self.scale, self._good = (FIRST_SCALE if self.active else 1.0), 0
+        self.skipped, self._in_a_row = 0, 0  # updates that an overflow has cost
 
     def overflowed(self) -> bool:
-        """A gradient was not finite: halve. False where no smaller scale would help."""
-        self.scale, self._good = self.scale / 2 if self.active else 1.0, 0
-        return self.active and self.scale >= MIN_SCALE
+        """A gradient was not finite: halve, and count the update that is lost.
+
+        False where no smaller scale would help: below 1, or after too many in a row.
+        """
+        self.scale, self._good, self._in_a_row = self.scale / 2, 0, self._in_a_row + 1
+        helps = self.active and self.scale >= MIN_SCALE and self._in_a_row < MAX_SKIPS
+        self.scale, self.skipped = self.scale if self.active else 1.0, self.skipped + helps
+        return helps
 
     def went_well(self) -> None:
         """An update was made: double after enough of them in a row."""
-        self._good += 1
+        self._good, self._in_a_row = self._good + 1, 0
         if self.active and self._good % GROWTH_STEPS == 0:
             self.scale *= 2
 
     def state(self) -> dict[str, float]:
         """What a checkpoint holds."""
-        return {"scale": self.scale, "good_steps": self._good if self.active else 0}
+        return {
+            "active": self.active, "scale": self.scale, "skipped": self.skipped,
+            "good_steps": self._good if self.active else 0,
+            "in_a_row": self._in_a_row if self.active else 0,
+        }  # fmt: skip
 
     def load(self, state: dict[str, float]) -> None:
         """The inverse of `state`; a run whose dtype has changed starts a scale of its own."""
-        if self.active and state["scale"] > 1:
-            self.scale, self._good = state["scale"], int(state["good_steps"])
+        self.skipped = int(state["skipped"])
+        if self.active and state["active"]:
+            self.scale = state["scale"]
+            self._good, self._in_a_row = int(state["good_steps"]), int(state["in_a_row"])

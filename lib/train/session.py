@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from lib import kernels
-from lib.core import ranks
+from lib.core import files, ranks
 from lib.core.artifact import Manifest, plain
-from lib.core.errors import EnvError, UserError
+from lib.core.errors import EnvError, KumikiError, UserError
 from lib.core.params import typed
 from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
+from lib.export import hf
 from lib.models.base import Family, load_family
 from lib.nn.stream import Streaming, open_stream
 from lib.train import parallel
@@ -56,7 +58,8 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
     device = prepare(run.runtime, run.name)
     dtype = compute_dtype(settings.precision, device)
     parallel.start(device)
-    push = HubPush(run.runtime.hub, run.warn) if run.runtime.hub and ranks.rank() == 0 else None
+    hub = run.runtime.hub if ranks.rank() == 0 else None
+    push = HubPush(hub, run.log, run.warn) if hub else None
     model = None
     try:
         data = Data.open(
@@ -87,12 +90,17 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
         require_memory(model, run.runtime, device)
 
         def push_weights(step: int, weights: dict[str, Tensor]) -> None:
-            if push is not None and push.is_due(step):
-                folder = run.work / "push"
-                config = describe_model(family, identity, data.store.vocab_size, data.store.context)
-                provenance = {"fingerprint": run.fingerprint, "steps": step}
-                write_final(folder, weights, config, provenance, run.inputs["tokenizer"])
-                push.start(folder)
+            if push is None or not push.is_free():
+                return
+            what = exportable(module, family, config, weights, data, run.inputs["tokenizer"])
+            facts = {"run": run.name, "steps": str(step), "seed": str(seed)}
+            try:
+                with files.atomic_folder(run.work / "push") as part:
+                    hf.export(replace(what, facts=facts), part)
+            except (KumikiError, OSError) as error:  # a full disk, say: the run goes on without
+                run.warn(f"nothing is pushed after step {step}: {error}")
+                return
+            push.start(run.work / "push")
 
         yield Job(
             run=run.name,
@@ -143,6 +151,22 @@ def make_model(module: ModuleType, config: Any, data: Data, runtime: Runtime) ->
     model.attention, model.activation_bytes = runtime.attention, runtime.activation_bytes
     require_context(data.store.context, model)
     return model.to_empty(device="cpu")
+
+
+def exportable(
+    module: ModuleType, family: str, config: Any, weights: Mapping[str, Tensor], data: Data,
+    tokenizer: Path,
+) -> hf.Exportable:  # fmt: skip
+    """The model of `weights`, which are not copied, as an export is made from it."""
+    with torch.device("meta"):
+        model = module.Model(config, data.store.vocab_size)
+    model.vocab_size = data.store.vocab_size
+    model.load_state_dict(weights, assign=True)
+    config, model = model.exported(config)
+    return hf.Exportable(
+        family=family, config=config, model=model, tokenizer=data.tokenizer,
+        tokenizer_folder=tokenizer, boundary=data.store.boundary, facts={},
+    )  # fmt: skip
 
 
 def require_wire(settings: Train, model: Family) -> None:

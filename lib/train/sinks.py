@@ -82,6 +82,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], warn: Callable[[str], None]) -> None:
         self._names, self._warn = names, warn
+        self._failed: list[str] = []
         self._open: dict[str, tuple[ThreadPoolExecutor, Future]] = {}
         self._made: dict[str, Tracker] = {}
 
@@ -111,11 +112,13 @@ class Trackers:
         self._made[name].log(numbers, step)
 
     def close(self) -> None:
-        """Wait for what is under way and end them."""
+        """Wait for what is under way and end them; those that did not last are named again."""
         for name, (pool, last) in list(self._open.items()):
             if self._works(name, last, wait=True):
                 self._works(name, pool.submit(self._made[name].close), wait=True)
                 pool.shutdown()
+        if self._failed:
+            self._warn(f"without a whole record of this run: {', '.join(self._failed)}")
 
     def _works(self, name: str, last: Future, wait: bool = False) -> bool:
         """Whether the last call went well so far; a failed tracker is dropped, said once."""
@@ -126,24 +129,28 @@ class Trackers:
             return True
         pool, _ = self._open.pop(name)
         pool.shutdown(wait=False, cancel_futures=True)
+        self._failed.append(name)
         advice = "; pip install -e '.[trackers]'" if isinstance(error, ImportError) else ""
         self._warn(f"tracker {name} is switched off: {redact(str(error) or repr(error))}{advice}")
         return False
 
 
 class HubPush:
-    """Pushes a folder of weights to a repository of the hub, in the background."""
+    """Pushes exported folders to a repository of the hub, in the background, one at a time."""
 
-    def __init__(self, settings: Hub, warn: Callable[[str], None]) -> None:
-        self.settings, self._warn = settings, warn
+    def __init__(
+        self, settings: Hub, log: Callable[[str], None], warn: Callable[[str], None]
+    ) -> None:
+        self.settings, self._log, self._warn = settings, log, warn
         self._process: subprocess.Popen[str] | None = None
+        self._made = self._failed = 0
 
-    def is_due(self, step: int) -> bool:
-        """Whether `step` is one of the interval and the push before has ended."""
-        return step % self.settings.every_steps == 0 and not self._is_running()
+    def is_free(self) -> bool:
+        """Whether the push before has ended; its failure is said here."""
+        return not self._is_running()
 
     def start(self, folder: Path) -> None:
-        """Push `folder` (weights, config, tokenizer: never optimizer state)."""
+        """Push `folder` (weights, config, tokenizer, card: never optimizer state)."""
         arguments = [
             str(folder),
             self.settings.repo,
@@ -162,21 +169,24 @@ class HubPush:
         return False
 
     def _account(self, process: subprocess.Popen[str]) -> None:
-        self._process = None
+        self._process, self._made = None, self._made + 1
         _, text = process.communicate()
         if process.returncode:
+            self._failed += 1
             last = text.strip().splitlines()[-1:] or [f"exit {process.returncode}"]
             self._warn(f"push to {self.settings.repo} failed, tried again later: {redact(last[0])}")
 
     def close(self) -> None:
-        """Wait for a push that is under way."""
-        if self._process is None:
-            return
-        try:
-            self._process.wait(PUSH_WAIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._account(self._process)
+        """Wait for a push that is under way, and say how they went."""
+        if self._process is not None:
+            try:
+                self._process.wait(PUSH_WAIT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            self._account(self._process)
+        if self._made:
+            failed = f", {self._failed} failed" if self._failed else ""
+            self._log(f"{self._made} pushes to {self.settings.repo}{failed}")
 
 
 def push(folder: Path, repo: str, private: bool) -> None:

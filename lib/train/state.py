@@ -89,6 +89,30 @@ class RunState:
             found = {n: parallel.whole(t).cpu() for n, t in self.model.state_dict().items()}
             return {n: t.clone() for n, t in found.items()}
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the loss is cross-entropy in nats."""
+        return self.model.predicts
+
+    def leave_out(self) -> int:
+        """Count an update that is not made; how many there were that no loss scale explains."""
+        self.position.skipped += 1
+        self.scaler.overflowed()
+        return self.position.skipped - self.scaler.skipped
+
+    def log_scalars(self) -> dict[str, float]:
+        """Numbers of a log step beside the loss: the family's own, and how training goes."""
+        found = {**self.model.log_scalars(), "skipped": self.position.skipped}
+        if self.scaler.active:
+            found["loss_scale"] = self.scaler.scale
+        if self.device.type == "cuda":
+            found["peak_vram_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return found
+
+    def progress(self) -> str | None:
+        """The family's own lines below that of a step."""
+        return self.model.progress()
+
     def total_bytes(self) -> int:
         """Bytes of one checkpoint's tensors."""
         groups = [self.model.state_dict(), self.optimizer.state_tensors()]

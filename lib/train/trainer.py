@@ -158,13 +158,12 @@ def train(job: Job) -> Outcome:
                         state.ema.decay = min(settings.ema_decay, ramp)
                         state.ema.update()
                     scaler.went_well()
-                elif seen and not scaler.overflowed():
-                    if position.skipped == settings.skip_steps:
+                elif seen:
+                    if state.leave_out() > settings.skip_steps:
                         micro = safety.find_culprit(model, parts, backward)
                         raise safety.non_finite(
                             done, micro, micro_rows, rows, loss, grad, committed, device
                         )
-                    position.skipped += 1
                     job.warn(f"update {done} is left out: loss {loss}, gradient norm {grad}")
                 optimizer.zero_grad()
                 batch_loss += loss
@@ -173,21 +172,22 @@ def train(job: Job) -> Outcome:
                 position.step = done
                 # ---- log? evaluate? sample? commit? stop asked?
                 if updated or not seen:  # steps without a loss are told as well
-                    lr = optimizer.groups[0].lr * multipliers.lr
-                    observer.step(done, batch_loss, lr, grad, model, learned=updated)
+                    lr = optimizer.rate(multipliers)
+                    observer.step(done, batch_loss, lr, grad, state, learned=updated)
                 batch_loss = 0.0
                 looks = done == plan.steps or settings.looks_at(done)
                 improved = looks and evaluate(done)
                 is_last = done == position.end(plan.steps, settings)
                 if settings.sample_every and done % settings.sample_every == 0:
                     sample(done)
-                if runtime.hub and done % runtime.hub.every_steps == 0:
-                    job.push(done, state.weights())
+                pushes = runtime.hub is not None and done % runtime.hub.every_steps == 0
                 asked = asked or (world == 1 and job.stop.asked)  # since the numbers were taken
                 waits = model.sweep_end() or done - committed >= runtime.checkpoint_every_steps
-                if is_last or asked or late or improved or waits:
+                if is_last or asked or late or improved or waits or pushes:
                     state.commit(observer)
                     committed, committed_at = done, time.monotonic()
+                if pushes:
+                    job.push(done, state.weights())
                 if looks or committed == done:
                     observer.restart_clock()
                 if is_last:

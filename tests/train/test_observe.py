@@ -261,7 +261,8 @@ def test_a_tracker_that_raises_is_switched_off_with_one_warning(monkeypatch):
         found.log({"loss": 1.0}, step)
     found.close()
     assert failing.calls == [1, 2]
-    assert len(said) == 1 and "tensorboard is switched off" in said[0] and "project" in said[0]
+    assert len(said) == 2 and "tensorboard is switched off" in said[0] and "project" in said[0]
+    assert said[1] == "without a whole record of this run: tensorboard"
 
 
 def test_a_tracker_that_fails_at_once_is_named_by_its_first_error(monkeypatch):
@@ -271,7 +272,7 @@ def test_a_tracker_that_fails_at_once_is_named_by_its_first_error(monkeypatch):
         found.log({"loss": 1.0}, step)
     found.close()
     assert failing.calls == [1]
-    assert len(said) == 1 and "no such project" in said[0]
+    assert len(said) == 2 and "no such project" in said[0]
 
 
 def test_a_working_tracker_gets_every_step_and_is_closed(monkeypatch):
@@ -290,7 +291,7 @@ def test_an_absent_package_is_a_warning_with_the_way_to_get_it(monkeypatch):
     found.open(Path(), "tiny", Wandb(), {})
     found.log({"loss": 1.0}, 1)
     found.close()
-    assert len(said) == 1 and "pip install -e '.[trackers]'" in said[0]
+    assert len(said) == 2 and "pip install -e '.[trackers]'" in said[0]
 
 
 def test_wandb_runs_offline_and_continues_its_page(monkeypatch, tmp_path):
@@ -361,20 +362,24 @@ def fake_hub(tmp_path, monkeypatch):
 
 def test_weights_are_pushed_in_the_background(fake_hub):
     said: list[str] = []
-    push = HubPush(Hub(repo="me/model", every_steps=5), said.append)
-    assert [s for s in range(1, 11) if push.is_due(s)] == [5, 10]
+    push = HubPush(Hub(repo="me/model", every_steps=5), said.append, pytest.fail)
+    assert push.is_free()
     push.start(fake_hub / "weights")
-    assert not push.is_due(5), "one push at a time"
+    assert not push.is_free(), "one push at a time"
     push.close()
     assert (fake_hub / "seen").read_text() == "me/model True True|model.safetensors"
-    assert said == [] and push.is_due(10)
+    assert said == ["1 pushes to me/model"] and push.is_free()
 
 
-def test_a_failed_push_is_said_without_secrets_and_tried_again(fake_hub):
+def test_a_failed_push_is_said_without_secrets_and_counted_at_the_end(fake_hub):
     said: list[str] = []
-    push = HubPush(Hub(repo="me/broken", every_steps=5), said.append)
-    push.start(fake_hub / "weights")
+    told: list[str] = []
+    push = HubPush(Hub(repo="me/broken", every_steps=5), told.append, said.append)
+    for _ in range(2):
+        push.start(fake_hub / "weights")
+        push._process.wait()
+        assert push.is_free(), "the next interval tries again"
     push.close()
-    assert len(said) == 1 and "me/broken failed, tried again later" in said[0]
+    assert len(said) == 2 and "me/broken failed, tried again later" in said[0]
     assert "hunter22" not in said[0]
-    assert push.is_due(10)
+    assert told == ["2 pushes to me/broken, 2 failed"]

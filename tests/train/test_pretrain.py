@@ -17,8 +17,10 @@ import pytest
 from lib.core import stage
 from lib.train.final import Final
 from stages import pretrain
+from tests.conftest import ROOT
 from tests.faults.crash import tree
 from tests.train.project import command, make_project, outcome
+from tests.train.test_observe import FAKE_HUB
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +255,53 @@ def test_rows_longer_than_the_models_context_are_refused(project, capsys):
 def test_samples_are_text_of_the_tokenizer(project, capsys):
     assert pretrain_here("--set", "train.gpt.sample_every=3", "--set", "train.gpt.steps=3") == 0
     assert sum(line.startswith("  | ") for line in capsys.readouterr().out.splitlines()) == 2
+
+
+SINKS = """
+  trackers: [wandb]
+  hub: {repo: me/toy, every_steps: 2}
+"""
+BROKEN_WANDB = "def init(**_):\n    raise ConnectionError('no route to the tracker')\n"
+
+
+def with_sinks(folder: Path, modules: Path) -> tuple[int, str, str]:
+    """The run with a hub and a tracker, stand-ins for both first on the path."""
+    text = (folder / "params.yaml").read_text()
+    before = "  checkpoint_every_steps: 2\n"
+    (folder / "params.yaml").write_text(text.replace(before, before.rstrip("\n") + SINKS))
+    return outcome(folder, PYTHONPATH=f"{modules}:{ROOT}", SEEN=str(folder / "seen"))
+
+
+def test_sinks_out_of_reach_change_no_byte_and_are_counted(trained, project, tmp_path):
+    """Weights & Biases and the hub are down: one warning each, the same model, exit 0."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "wandb.py").write_text(BROKEN_WANDB)
+    down = FAKE_HUB.replace('if "broken" in repo', "if True")
+    (modules / "huggingface_hub.py").write_text(down)
+    code, _, err = with_sinks(project, modules)
+    assert code == 0, err
+    assert outputs(project) == outputs(trained)
+    assert err.count("tracker wandb is switched off: no route") == 1
+    assert "without a whole record of this run: wandb" in err
+    assert re.search(r"\d pushes to me/toy, \d failed", err), err
+    assert "hunter22" not in err
+
+
+def test_what_the_hub_gets_is_the_exported_checkpoint(project, tmp_path):
+    """Weights, card, config, every file of the tokenizer; committed before; no optimizer state."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "huggingface_hub.py").write_text(FAKE_HUB)
+    (modules / "wandb.py").write_text(BROKEN_WANDB)
+    code, _, err = with_sinks(project, modules)
+    assert code == 0, err
+    names = set((project / "seen").read_text().partition("|")[2].split(","))
+    wanted = {"model.safetensors", "README.md", "config.json", "kumiki.json", "tokenizer.json",
+              "tokenizer_config.json", "tokenizer"}  # fmt: skip
+    assert wanted <= names and not [n for n in names if "optimizer" in n]
+    (pushed,) = (project / "checkpoints/gpt/work").glob("**/push")
+    from lib.export.saved import open_folder
+
+    assert open_folder(pushed).weights == "export"
+    assert "| steps | 6 |" in (pushed / "README.md").read_text()

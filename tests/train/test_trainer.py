@@ -325,7 +325,26 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_while():
     assert (twin.scale, twin.state()) == (scaler.scale, scaler.state())
     scaler.scale = 1.0
     assert not scaler.overflowed(), "below 1 the loss itself is at fault"
+    assert scaler.skipped == 1, "only updates that a smaller scale would save"
     assert not LossScaler(torch.bfloat16).overflowed()
+
+
+def test_twenty_overflows_in_a_row_are_not_the_scales_fault():
+    """Also through a checkpoint, and at a scale of 1, which is no other run's (ramgpt.md 6.3)."""
+    scaler = LossScaler(torch.float16)
+    scaler.scale = 2.0**40
+    assert all(scaler.overflowed() for _ in range(18))
+    twin = LossScaler(torch.float16)
+    twin.load(scaler.state())
+    assert twin.overflowed() and not twin.overflowed() and twin.skipped == 19
+    assert scaler.overflowed()
+    scaler.went_well()
+    assert scaler.overflowed(), "one good update begins the count anew"
+    scaler.scale = 1.0
+    twin.load(scaler.state())
+    assert twin.scale == 1.0
+    twin.load(LossScaler(torch.float32).state())
+    assert twin.scale == 1.0, "a run that had no scale has none to give"
 
 
 def test_an_overflowing_fp16_step_is_made_smaller_not_skipped_for_good(tmp_path):
@@ -339,9 +358,13 @@ def test_an_overflowing_fp16_step_is_made_smaller_not_skipped_for_good(tmp_path)
     model = Steep(dropout=0.0)
     model.init_weights(0)
     outcome = run(tmp_path, model=model, dtype=torch.float16)
-    assert outcome.position.skipped == 0
     state = json.loads((tmp_path / "step_9/state.json").read_text())
-    assert state["scaler"]["scale"] <= 65536
+    lost = outcome.position.skipped
+    assert lost > 0 and state["scaler"]["skipped"] == lost
+    assert state["scaler"]["scale"] == 65536 / 2**lost
+    rows = map(json.loads, (tmp_path / "training_log.jsonl").read_text().splitlines())
+    last = [row for row in rows if "loss" in row][-1]
+    assert (last["skipped"], last["loss_scale"]) == (lost, 65536 / 2**lost)
     assert all(math.isfinite(x) for x in losses_of(tmp_path))
 
 
