@@ -3,8 +3,9 @@
 Same GPT-2 shapes, data, precision, accumulation A, fused AdamW on every side; the head is untied,
 since not every opponent sums tied gradients. Each measurement is a process of its own, interleaved
 `--repeat` times: tokens/s (median, spread), peak memory of the device and of the process above its
-imports, bytes copied, and what the estimator said. What cannot be installed or does not run gets a
-row with the reason. Without a GPU everything runs on the CPU executor: a check that the benchmark
+imports, bytes copied, what the estimator said, and the losses beside those of the resident model:
+ours at G = 1 must have them bit for bit. What cannot be installed or does not run gets a row with
+the reason. Without a GPU everything runs on the CPU executor: a check that the benchmark
 is whole, and of memory; its speeds say nothing about a bus.
 Goals (ramgpt.md 8.1) stand beside the figures, met or not; `--sweep` runs the shapes and ablations.
 """
@@ -92,16 +93,18 @@ def compare(arguments: argparse.Namespace, sides: dict[str, tuple[str, dict]]) -
                 found[label].append(in_own_process(name, change, arguments))
     config, _ = MODELS[arguments.model]
     tokens = arguments.rows * config["context"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU executor"
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "CPU executor, rates by CPU time"
     print(
         f"\n{arguments.model}, A {arguments.accumulation}, {tokens:,} tokens a micro-batch, "
         f"{arguments.dtype}, {device}, {arguments.threads} threads", flush=True,
     )  # fmt: skip
     print("| side | tokens/s (spread) | ours / it | goal | VRAM MB | RSS MB | in, out GB/step "
-          "| predicted s, VRAM MB |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+          "| predicted s, VRAM MB | losses |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     mine = _rate(found.get("ours_group") or [])
+    wanted = (found.get("resident") or [{}])[0].get("losses")
     for label, results in found.items():
-        print(_row(label, results, mine), flush=True)
+        print(_row(label, results, mine, wanted), flush=True)
 
 
 def _rate(results: list[dict[str, Any]]) -> float | None:
@@ -109,10 +112,14 @@ def _rate(results: list[dict[str, Any]]) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def _row(label: str, results: list[dict[str, Any]], mine: float | None) -> str:
+def _row(
+    label: str, results: list[dict[str, Any]], mine: float | None, wanted: list[float] | None
+) -> str:
     good, rate = [r for r in results if "reason" not in r], _rate(results)
     if rate is None:
-        return f"| {label} | not run: {results[-1]['reason']} | | {GOALS.get(label, '')} | | | | |"
+        return (
+            f"| {label} | not run: {results[-1]['reason']} | | {GOALS.get(label, '')} | | | | | |"
+        )
     all_rates = [r["tokens_per_s"] for r in good]
     ratio = f"{mine / rate:.2f}" if mine else ""
     first = good[0]
@@ -125,9 +132,16 @@ def _row(label: str, results: list[dict[str, Any]], mine: float | None) -> str:
         if said is None
         else f"{said:.2f} of {first['seconds']:.2f}, {first['predicted_vram'] / 1e6:,.0f}"
     )
-    return (
-        f"| {label} | {spread} | {ratio} | {GOALS.get(label, '')} | {memory} | {copied} | {told} |"
-    )
+    goal, losses = GOALS.get(label, ""), _compared(first["losses"], wanted)
+    return f"| {label} | {spread} | {ratio} | {goal} | {memory} | {copied} | {told} | {losses} |"
+
+
+def _compared(losses: list[float], wanted: list[float] | None) -> str:
+    """Whether every step's loss is the resident model's, or how far the worst is from it."""
+    if not wanted or not losses:
+        return ""
+    gaps = [abs(a - b) / b for a, b in zip(losses, wanted, strict=True)]
+    return "equal bits" if losses == wanted else f"{max(gaps):.0e} apart"
 
 
 def in_own_process(name: str, change: dict, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -191,35 +205,61 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def time(self, step: Callable[[], None]) -> dict[str, Any]:
-        """The median step and peaks."""
-        step()
+    def time(self, step: Callable[[], float | None]) -> dict[str, Any]:
+        """The median step, its CPU time, peaks, the losses that `step` returns."""
+        losses = [step()]
         self.wait()
-        seconds = []
+        seconds, cpu = [], time.process_time()
         for _ in range(self.arguments.steps):
             began = time.perf_counter()
-            step()
+            losses.append(step())
             self.wait()
             seconds.append(time.perf_counter() - began)
+        cpu = (time.process_time() - cpu) / self.arguments.steps
         middle = statistics.median(seconds)
         tokens = self.arguments.rows * self.arguments.accumulation * self.config.context
         vram = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else 0
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.base_rss
+        on_cpu = self.device.type == "cpu"  # whose wall clock belongs to whatever else runs there
         return {
-            "seconds": middle, "tokens_per_s": tokens / middle, "peak_vram": vram, "peak_rss": rss,
+            "seconds": middle, "tokens_per_s": tokens / (cpu if on_cpu else middle),
+            "peak_vram": vram, "peak_rss": rss, "losses": [x for x in losses if x is not None],
         }  # fmt: skip
 
 
-def torch_step(bench: Bench, model: Any, optimizer: Any, losses: Callable[[Batch], Any]) -> None:
-    """The plain loop: accumulate, clip, update."""
-    parts = bench.micro_batches(bench.arguments.rows)
+def accumulate(bench: Bench, parts: list[Batch], loss_of: Callable[[Batch], Any]) -> float:
+    """Gradients of all micro-batches; their mean loss."""
+    total = 0.0
     for part in parts:
         with bench.autocast():
-            loss = losses(part)
+            loss = loss_of(part)
         (loss / len(parts)).backward()
+        total += loss.item() / len(parts)
+    return total
+
+
+def torch_step(bench: Bench, model: Any, optimizer: Any, loss_of: Callable[[Batch], Any]) -> float:
+    """The plain loop: accumulate, clip, update."""
+    total = accumulate(bench, bench.micro_batches(bench.arguments.rows), loss_of)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    return total
+
+
+def our_step(bench: Bench, model: Any, rows: int) -> Callable[[], float]:
+    """The same loop with the project's optimizer, which resident and streamed runs share."""
+    optimizer = build_optimizer(model.param_groups(Optim(lr=1e-4)), model=model)
+    schedule, parts = make_schedule("constant", 1), bench.micro_batches(rows)
+
+    def step() -> float:
+        total = accumulate(bench, parts, lambda part: next(model.losses(part)))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(schedule.at(0))
+        optimizer.zero_grad()
+        return total
+
+    return step
 
 
 def resident(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -227,10 +267,7 @@ def resident(arguments: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(arguments)
     model = bench.model().to(bench.device)
     model.activation_checkpointing = True
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return bench.time(
-        lambda: torch_step(bench, model, optimizer, lambda part: next(model.losses(part)))
-    )
+    return bench.time(our_step(bench, model, arguments.rows))
 
 
 def ours(arguments: argparse.Namespace, *, group: bool) -> dict[str, Any]:
@@ -245,18 +282,11 @@ def ours(arguments: argparse.Namespace, *, group: bool) -> dict[str, Any]:
     model.streamer = partial(open_stream, request=request)
     model.place(bench.device, bench.dtype)
     taken = model.group_rows(rows, rows * A)
-    optimizer = build_optimizer(model.param_groups(Optim(lr=1e-4)), model=model)
-    schedule, parts = make_schedule("constant", 1), bench.micro_batches(taken)
+    train = our_step(bench, model, taken)
 
-    def step() -> None:
+    def step() -> float:
         model.engine.bytes_in = model.engine.bytes_out = 0
-        for part in parts:
-            with bench.autocast():
-                loss = next(model.losses(part))
-            (loss / len(parts)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(schedule.at(0))
-        optimizer.zero_grad()
+        return train()
 
     found = bench.time(step)
     engine, load = model.engine, model.engine.load
@@ -368,13 +398,11 @@ def torchao(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     parts = bench.micro_batches(arguments.rows)
 
-    def step() -> None:  # no clipping: offloaded gradients have left when it would look
-        for part in parts:
-            with bench.autocast():
-                loss = next(model.losses(part))
-            (loss / len(parts)).backward()
+    def step() -> float:  # no clipping: offloaded gradients have left when it would look
+        total = accumulate(bench, parts, lambda part: next(model.losses(part)))
         optimizer.step()
         optimizer.zero_grad()
+        return total
 
     return bench.time(step)
 
