@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,17 +77,19 @@ def make_project(folder: Path, *, texts: int = 60, validation: Sequence[str] | N
     return folder
 
 
-def add_model(project: Path, run: str = "gpt", seed: int = 3) -> Path:
+def add_model(
+    project: Path, run: str = "gpt", seed: int = 3, module: Any = gpt, config: Any = CONFIG
+) -> Path:
     """A finished model under checkpoints/<run>/final; its weights are random, its head is not 0."""
-    model = build(gpt, CONFIG, 300, seed=seed)
+    model = build(module, config, 300, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
     place = project / "data/tokenizers/bpe"
-    config = {
-        "family": "gpt",
-        "config": asdict(CONFIG),
+    described = {
+        "family": module.__name__.split(".")[-1],
+        "config": asdict(config),
         "vocab_size": 300,
         "context": 32,
         "tokenizer": tokenizers.load_tokenizer(place).fingerprint,
@@ -100,7 +103,7 @@ def add_model(project: Path, run: str = "gpt", seed: int = 3) -> Path:
         "parents": {"tokens": input_hash(project / "data/tokens/bpe.manifest.json")},
     }
     final = project / "checkpoints" / run / "final"
-    write_final(final, model.state_dict(), config, provenance, place)
+    write_final(final, model.state_dict(), described, provenance, place)
     return final
 
 

@@ -130,6 +130,8 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     add("--depth", type=int, metavar="N", help="depth of thought, where a family has one")
     add("--tokenizer", metavar="PATH", help="must be the one the model was trained with")
     add("--device", default="auto", choices=DEVICES)
+    add("--offload", default="auto", choices=("auto", "on", "off"),
+        help="weights wait in RAM; auto: where the device is too small")  # fmt: skip
 
 
 def _bench(command: argparse.ArgumentParser) -> None:

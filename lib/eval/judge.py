@@ -27,6 +27,7 @@ from lib.eval.inputs import Inputs
 from lib.eval.scorer import Rules, Scorer
 from lib.eval.speed import measure_speed
 from lib.export.samples import language_of, make_samples
+from lib.nn.stream import for_reading
 from lib.train import parallel
 from lib.train.precision import pick_device
 
@@ -43,7 +44,7 @@ def evaluate(run: Run) -> None:
     try:
         inputs = Inputs.open(run)
         dtype = eval_dtype(settings.dtype, device)
-        model = inputs.final.model(device, dtype)
+        model = inputs.final.model(device, dtype, for_reading(run.runtime.stream))
         rules = Rules.of(
             inputs.tokenizer, inputs.store.boundary, inputs.context, settings.bpb.stride
         )

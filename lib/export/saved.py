@@ -19,6 +19,7 @@ from lib.core.errors import InputError, KumikiError, UserError, relative
 RUNS = "checkpoints"
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 Weights = Literal["ema", "raw"]
+Streamer = Callable[[Any, Any, Any], Any]  # lib.nn.stream.for_reading: larger than the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ def open_model(
     *,
     device: Any = "cpu",
     weights: Weights = "ema",
+    streamer: Streamer | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Opened:
     """Open what `name` says: a folder, a run below `root`, or, without a name, the newest model.
@@ -63,7 +65,7 @@ def open_model(
             "or train again",
         )
     if name is not None and Path(name).is_dir() and is_model(Path(name)):
-        return open_folder(Path(name), device=device, weights=weights)
+        return open_folder(Path(name), device=device, weights=weights, streamer=streamer)
     if root is None:
         raise UserError(
             "no model" if name is None else "no such model",
@@ -80,7 +82,7 @@ def open_model(
     first: KumikiError | None = None
     for place in places:
         try:
-            return open_folder(place, device=device, weights=weights)
+            return open_folder(place, device=device, weights=weights, streamer=streamer)
         except InputError as error:
             first = first or error
             warn(f"passed over: {error}")
@@ -108,17 +110,20 @@ def _places(name: str | None, root: Path) -> Iterator[Path]:
     yield from steps
 
 
-def open_folder(folder: Path, *, device: Any = "cpu", weights: Weights = "ema") -> Opened:
+def open_folder(
+    folder: Path, *, device: Any = "cpu", weights: Weights = "ema",
+    streamer: Streamer | None = None,
+) -> Opened:  # fmt: skip
     """Open exactly this folder; every file is hashed first."""
     if (folder / "kumiki.json").is_file():
-        return _open_export(folder, device)
+        return _open_export(folder, device, streamer)
     kind = Manifest.read(folder / files.MANIFEST).kind
     if kind == "checkpoint":
-        return _open_checkpoint(folder, device, weights)
-    return _open_final(folder, device, weights)
+        return _open_checkpoint(folder, device, streamer, weights)
+    return _open_final(folder, device, streamer, weights)
 
 
-def _open_final(folder: Path, device: Any, weights: Weights) -> Opened:
+def _open_final(folder: Path, device: Any, streamer: Streamer | None, weights: Weights) -> Opened:
     from lib.data.tokenizer import load_tokenizer
     from lib.train.final import Final
 
@@ -134,14 +139,16 @@ def _open_final(folder: Path, device: Any, weights: Weights) -> Opened:
         folder=folder,
         family=final.family,
         config=final.config,
-        model=final.model(device),
+        model=final.model(device, streamer=streamer),
         tokenizer=tokenizer,
         boundary=final.provenance.get("boundary"),
         weights="final",
     )
 
 
-def _open_checkpoint(folder: Path, device: Any, weights: Weights) -> Opened:
+def _open_checkpoint(
+    folder: Path, device: Any, streamer: Streamer | None, weights: Weights
+) -> Opened:
     """A step of a run that lies in the project: its sizes and tokenizer stand in params.yaml."""
     from lib.core import params
     from lib.data.tokenizer import load_tokenizer
@@ -163,7 +170,8 @@ def _open_checkpoint(folder: Path, device: Any, weights: Weights) -> Opened:
     state = found.tensors("model", shapes)
     averaged = found.tensors("ema") if weights == "ema" else {}
     state |= {name: tensor.to(state[name].dtype) for name, tensor in averaged.items()}
-    model = build(family, config, identity["vocab_size"], weights=state, device=device)
+    size = identity["vocab_size"]
+    model = build(family, config, size, weights=state, device=device, streamer=streamer)
     return Opened(
         folder=folder,
         family=identity["family"],
@@ -194,7 +202,7 @@ def shapes_of(family: Any, config: Any, vocab_size: int) -> dict[str, tuple[int,
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _open_export(folder: Path, device: Any) -> Opened:
+def _open_export(folder: Path, device: Any, streamer: Streamer | None) -> Opened:
     from lib.core.params import typed
     from lib.data.tokenizer import load_tokenizer
     from lib.export.hf import TOKENIZER, WEIGHTS, read_names, restore
@@ -210,7 +218,8 @@ def _open_export(folder: Path, device: Any) -> Opened:
     config = typed(family.Config, note["config"], folder / "kumiki.json")
     shapes = shapes_of(family, config, note["vocab_size"])
     state = restore(read_tensors(folder / WEIGHTS), note, shapes)
-    model = build(family, config, note["vocab_size"], weights=state, device=device)
+    size = note["vocab_size"]
+    model = build(family, config, size, weights=state, device=device, streamer=streamer)
     return Opened(
         folder=folder,
         family=note["family"],

@@ -407,6 +407,7 @@ def build(
     weights: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    streamer: Callable[[Any, torch.device, torch.dtype], Any] | None = None,
 ) -> Family:
     """A model on `device` with first weights of `seed`, or with `weights`, its whole state dict.
 
@@ -422,5 +423,6 @@ def build(
     else:
         assert seed is not None, "give a seed or weights"
         model.init_weights(seed)
+    model.streamer = streamer
     model.place(device, dtype)
     return model

@@ -8,7 +8,7 @@ Rule:  nothing is read before its hash agrees; names and shapes are compared wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,8 +126,14 @@ class Final:
         """All weights on the CPU; UserError unless names and shapes are those of `shapes`."""
         return read_tensors(self.folder / WEIGHTS, shapes)
 
-    def model(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Family:
-        """The model on `device` in evaluation mode; dtype: of its matmuls, default fp32."""
+    def model(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+        streamer: Callable[..., Any] | None = None,
+    ) -> Family:  # fmt: skip
+        """The model on `device` in evaluation mode; dtype: of its matmuls, default fp32.
+
+        streamer: lib.nn.stream's, for a model that may be larger than the device.
+        """
         import torch
 
         from lib.models.base import build, load_family
@@ -141,6 +147,6 @@ class Final:
             }
         model = build(
             family, config, self.vocab_size, weights=self.weights(shapes), device=device,
-            dtype=dtype or torch.float32,
+            dtype=dtype or torch.float32, streamer=streamer,
         )  # fmt: skip
         return model.eval()

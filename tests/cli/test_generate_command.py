@@ -18,6 +18,7 @@ from lib.data.tokenizer import load_tokenizer
 from lib.export import saved
 from lib.export.generate import Sampling, generate
 from lib.export.hf import stop_ids
+from lib.models import ramgpt
 from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
 
@@ -301,3 +302,15 @@ def test_a_closed_pipe_ends_quietly(project):
     err = process.stderr.read().decode()
     assert process.wait(60) == 0, err
     assert "Traceback" not in err and "Broken pipe" not in err
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt", "a b"), ("chat", "--once", "a b")])
+def test_weights_that_wait_in_ram_give_the_same_text(kumiki, project, command):
+    """Larger than the device is no other model; the engine in use is told (ramgpt.md 4.16)."""
+    config = ramgpt.Config(depth=2, width=16, heads=2, context=32)
+    add_model(project, "gpt2", module=ramgpt, config=config)
+    words = (command[0], "gpt2", *command[1:], "--max-new-tokens", "9", "--offload")
+    code, text, told = kumiki(*words, "on")
+    assert code == 0 and "stream: on | 2 units" in told, told
+    assert kumiki(*words, "off")[1] == text and len(text) > 3
+    assert "stream:" not in kumiki(*words, "auto")[2], "a CPU has nothing to wait for"

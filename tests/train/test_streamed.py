@@ -58,6 +58,14 @@ def test_streamed_and_resident_runs_end_with_the_same_bytes(tmp_path, dropout, e
     assert not [t for t in threading.enumerate() if t.name.startswith("stream")]
 
 
+def test_matrices_under_muon_stream_with_the_same_bytes(tmp_path):
+    """Its updates change masters behind the engine's back, beside those of the other parameters."""
+    settings = replace(SETTINGS, optimizer="normuon")
+    off = run(tmp_path / "off", settings)
+    assert same(run(tmp_path / "on", settings, stream="on", stream_group=1), off)
+    assert not same(run(tmp_path / "adamw"), off)
+
+
 def test_a_checkpoint_written_streamed_resumes_resident_and_back(tmp_path):
     """Killed twice, in another mode each time, with another number of slots: the same bytes."""
     whole = run(tmp_path / "whole", dropout=0.1)

@@ -44,6 +44,7 @@ def open_named(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened
     """The model that the command line names, and its device."""
     if arguments.model and arguments.checkpoint:
         raise UserError("two models named", value=arguments.checkpoint, remedy="name one")
+    from lib.nn.stream import for_reading
     from lib.train.precision import pick_device
 
     device = pick_device(arguments.device)
@@ -52,6 +53,7 @@ def open_named(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened
         root,
         device=device,
         weights=arguments.weights,
+        streamer=for_reading(arguments.offload, getattr(arguments, "n", 1)),
         warn=lambda text: note(f"warning: {text}"),
     )
     if arguments.tokenizer:
@@ -66,6 +68,8 @@ def open_named(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened
                 "this family has no depth of thought", value=opened.family, remedy="drop --depth"
             )
         set_depth(arguments.depth)
+    for line in opened.model.engine_notes():
+        note(line)
     return opened, device
 
 

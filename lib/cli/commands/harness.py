@@ -24,10 +24,11 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     """Take local tasks by their labels, any other name from the harness itself."""
     from lib.eval.harness import PREFIX, Subject, adapt, run_harness, write_tasks
     from lib.eval.scorer import Rules
+    from lib.nn.stream import for_reading
     from lib.train.precision import pick_device
 
-    device = pick_device(arguments.device)
-    opened = saved.open_model(arguments.model, root, device=device)
+    device, streamer = pick_device(arguments.device), for_reading("auto")
+    opened = saved.open_model(arguments.model, root, device=device, streamer=streamer)
     boundary = opened.boundary or ("none" if opened.tokenizer.bos_id is None else "bos")
     rules = Rules.of(opened.tokenizer, boundary, opened.model.max_context or 1024)
     subject = Subject(model=opened.model, tokenizer=opened.tokenizer, rules=rules, device=device)

@@ -7,16 +7,39 @@ the engine; the trainer sees larger micro-batches and nothing else.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from lib.core.errors import UserError
-from lib.nn.stream.decide import Streaming, free_bytes, load_of, require_memory
-from lib.nn.stream.estimate import resident_bytes
+from lib.core.run_settings import Runtime
+from lib.nn.stream.decide import Streaming, free_bytes, load_of, require_memory, resident_needs
+from lib.nn.stream.passes import Moment
 from lib.nn.stream.unit import Engine
 
-__all__ = ["Engine", "Streaming", "open_stream"]
+__all__ = ["Engine", "Streamable", "Streaming", "for_reading", "open_stream"]
+
+
+class Streamable(Protocol):
+    """What a model offers so that its units can be streamed: x -> x, unit after unit."""
+
+    def stream_units(self) -> Sequence[nn.Module]:
+        """Module of each application, in order; one that comes twice is applied twice."""
+        ...
+
+    def embed(self, tokens: Tensor, moment: Moment) -> Tensor:
+        """tokens (b, T) -> x (b, T, d)."""
+        ...
+
+    def apply_unit(self, application: int, x: Tensor, moment: Moment) -> Tensor:
+        """One application, (b, T, d) -> (b, T, d) in the same dtype."""
+        ...
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a micro-batch from the last x."""
+        ...
 
 
 def open_stream(
@@ -35,13 +58,26 @@ def open_stream(
         return None
     if device.type == "cuda":
         load = load_of(model, dtype, request)
-        needed = resident_bytes(load, checkpointing=runtime.activation_checkpointing)
+        needed = resident_needs(load, request)
         free = free_bytes(device, runtime.device_memory_gb)
         model.stream_reason = f"resident needs {needed / 1e9:.1f} GB, free {free / 1e9:.1f} GB"
         if runtime.stream == "auto" and needed <= 0.9 * free:
             return None
     require_memory(model, device, dtype, request)
+    if not request.trains:
+        model.requires_grad_(False)  # no buffer waits for a gradient
     return Engine(model, device, dtype, request)
+
+
+def for_reading(stream: str, rows: int = 1) -> Callable[[Any, torch.device, torch.dtype], Any]:
+    """The `streamer` of a model that only reads; rows: texts at once, whose caches must fit too."""
+    runtime = Runtime(stream=stream, device_batch_size=rows, stream_overlap_optimizer="off")  # type: ignore[arg-type]  # checked by whoever asks
+
+    def streamer(model: Any, device: torch.device, dtype: torch.dtype) -> Engine | None:
+        request = Streaming(runtime=runtime, context=model.max_context or 1024, trains=False)
+        return open_stream(model, device, dtype, request)
+
+    return streamer
 
 
 def _refusal(model: Any, device: torch.device, request: Streaming) -> UserError | None:

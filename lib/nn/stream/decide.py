@@ -6,14 +6,23 @@ Note: a shortage is an error before the first step, with what is needed, what is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lib.core.errors import EnvError
+from lib.core.errors import EnvError, UserError
 from lib.core.run_settings import Runtime
-from lib.nn.stream.estimate import CARDS, Card, Load, device_bytes, host_bytes
+from lib.nn.stream.estimate import (
+    CARDS,
+    Card,
+    Load,
+    choose_group,
+    device_bytes,
+    host_bytes,
+    inference_bytes,
+    resident_bytes,
+)
 from lib.nn.stream.memory import available_ram
 
 AUTO_TOKENS = 2**13  # of a micro-batch where device_batch_size is auto, for the decision only
@@ -25,6 +34,7 @@ class Streaming:
 
     runtime: Runtime
     context: int  # T
+    trains: bool = True  # False: a model that is only read, such as one that generates
     averaged: bool = False  # the run averages its weights after every update
     grad_dtype: torch.dtype = torch.float32  # in which gradients leave the device
     moment_dtype: torch.dtype = torch.float32  # of the optimizer's two moments
@@ -60,6 +70,31 @@ def load_of(model: Any, dtype: torch.dtype, request: Streaming, **changes: Any) 
     return Load(**{**fields, **changes})
 
 
+def choose_load(
+    model: Any, device: torch.device, dtype: torch.dtype, request: Streaming, rows: int,
+    accumulation: int,
+) -> tuple[Load, str | None]:  # fmt: skip
+    """What one load shall serve when a step has `accumulation` micro-batches of `rows`; a warning.
+
+    UserError where stream_group does not divide the micro-batches of a step.
+    """
+    group, runtime = request.runtime.stream_group, request.runtime
+    load = load_of(model, dtype, request, rows=rows, accumulation=accumulation)
+    if isinstance(group, int):
+        fit = [g for g in range(1, accumulation + 1) if accumulation % g == 0]
+        if group not in fit:
+            near = min(fit, key=lambda g: (abs(g - group), g))
+            raise UserError(
+                "stream_group does not divide a step",
+                value=f"stream_group {group}, {accumulation} micro-batches",
+                remedy=f"nearest: {near}",
+            )
+        return replace(load, group=group), None
+    kept = runtime.stream_boundaries != "auto"
+    free = free_bytes(device, runtime.device_memory_gb)
+    return choose_group(load, free, None if kept else this_card(device))
+
+
 def free_bytes(device: torch.device, cap_gb: float | None = None) -> float:
     """Memory of the device that is free, below the cap where one is set."""
     if device.type == "cuda":
@@ -80,12 +115,21 @@ def this_card(device: torch.device) -> Card | None:
     return None
 
 
+def resident_needs(load: Load, request: Streaming) -> float:
+    """Device memory that the same work takes with resident weights."""
+    if not request.trains:
+        return inference_bytes(load, streamed=False)
+    return resident_bytes(load, checkpointing=request.runtime.activation_checkpointing)
+
+
 def require_memory(
     model: Any, device: torch.device, dtype: torch.dtype, request: Streaming
 ) -> None:
     """EnvError before the first step where one micro-batch at a time would not fit."""
-    load = load_of(model, dtype, request)
-    needed = device_bytes(load) if device.type == "cuda" else 0
+    load, needed = load_of(model, dtype, request), 0.0
+    if device.type == "cuda":
+        reads = not request.trains
+        needed = inference_bytes(load, streamed=True) if reads else device_bytes(load)
     free = free_bytes(device, request.runtime.device_memory_gb)
     if needed > free:
         raise EnvError(
@@ -95,6 +139,8 @@ def require_memory(
         )
     masters = 4 * load.parameters  # are there already
     needed, present = host_bytes(load) - masters, available_ram()
+    if not request.trains:  # the wires
+        needed = load.wire_bytes * load.parameters
     if present is not None and needed > present:
         raise EnvError(
             "not enough memory for a streamed run",

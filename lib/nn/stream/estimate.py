@@ -8,10 +8,10 @@ Note: a card of the table has textbook rates and says so; measured ones replace 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lib.nn.stream.plan import HOST_RING, STAGES, Op, Plan, Shape, make_pass, simulate
+from lib.nn.stream.plan import HOST_RING, LANES, STAGES, Lane, Op, Plan, Shape, make_pass
 
 CONTEXT_BYTES = 0.5e9  # of the driver and the libraries' workspaces on a card
 ACTIVATION_BYTES = 34  # a token and channel of one unit in bf16 (arXiv 2205.05198, fused attention)
@@ -121,6 +121,19 @@ def resident_bytes(load: Load, *, checkpointing: bool, context: float = CONTEXT_
     return 16 * load.parameters + activations + 8 * 256 * load.vocab_size + context
 
 
+def inference_bytes(load: Load, *, streamed: bool, context: float = CONTEXT_BYTES) -> float:
+    """Device memory of a model that only reads: weights, cached keys and values, one block's work.
+
+    load.rows: texts at once. Weights are held as they cross: in the dtype of the matmuls.
+    """
+    largest, tokens = max(load.unit_sizes), load.rows * load.context
+    resident = sum(load.unit_sizes[i] for i in load.resident) if streamed else load.parameters
+    weights = load.slots * largest + resident + load.ends if streamed else resident
+    cache = 2 * len(load.applications) * tokens * load.width
+    work = (ACTIVATION_BYTES // 2) * tokens * load.width + 2 * load.rows * load.vocab_size
+    return load.wire_bytes * (weights + cache + work) + context
+
+
 def host_bytes(load: Load) -> float:
     """Host memory: masters, gradients, two moments, wires, stages, boundaries (ramgpt.md 5.4)."""
     streamed = sum(load.unit_sizes)
@@ -193,34 +206,37 @@ class Step:
         return max(0.0, 1 - waited / copies) if copies else 1.0
 
 
-def step_seconds(load: Load, card: Card, *, overlap: bool = True) -> Step:
-    """The plan of a step, played with the card's rates."""
-    tokens, T, d = load.rows * load.context, load.context, load.width
-    head_flops = 6 * load.vocab_size * d * tokens
-    rates = {"LOAD": card.in_rate, "GRAD_OUT": card.out_rate}
+def _durations(load: Load, card: Card) -> Callable[[Op], float]:
+    """Seconds of each operation of the load's plan on the card."""
+    tokens, T, d, largest = load.rows * load.context, load.context, load.width, max(load.unit_sizes)
 
     def duration(op: Op) -> float:
-        size = load.unit_sizes[op.unit] if 0 <= op.unit < len(load.unit_sizes) else load.ends
+        is_unit = 0 <= op.unit < len(load.unit_sizes)
+        size = load.unit_sizes[op.unit] if is_unit else load.ends
         match op.kind:
             case "LOAD":
-                width = load.wire_bytes if op.unit < len(load.unit_sizes) else load.master_bytes
-                return width * size / card.in_rate
+                return (load.wire_bytes if is_unit else load.master_bytes) * size / card.in_rate
             case "GRAD_OUT":
-                part = min(size, max(load.unit_sizes))
-                return load.gradient_bytes * part / card.out_rate
+                return load.gradient_bytes * min(size, largest) / card.out_rate
             case "ACC":  # two reads and a write
-                return 12 * min(size, max(load.unit_sizes)) / card.ram_rate
+                return 12 * min(size, largest) / card.ram_rate
             case "SAVE" | "FETCH":
-                rate = rates["GRAD_OUT"] if op.kind == "SAVE" else rates["LOAD"]
+                rate = card.out_rate if op.kind == "SAVE" else card.in_rate
                 return tokens * d * load.wire_bytes / rate
             case "FWD":
                 return (2 * size + 2 * T * d) * tokens / card.flops
             case "BWD":
                 return (6 * size + 6 * T * d) * tokens / card.flops
             case "HEAD":
-                return head_flops / card.flops
+                return 6 * load.vocab_size * d * tokens / card.flops
         return 0.0
 
+    return duration
+
+
+def step_seconds(load: Load, card: Card, *, overlap: bool = True) -> Step:
+    """The plan of a step, played with the card's rates."""
+    tokens, duration = load.rows * load.context, _durations(load, card)
     total = busy_compute = busy_in = busy_out = 0.0
     for count, plan in _plans(load):
         seconds, busy = simulate(plan.ops, duration)
@@ -238,6 +254,23 @@ def step_seconds(load: Load, card: Card, *, overlap: bool = True) -> Step:
         seconds=total + exposed, compute_s=busy_compute, in_s=busy_in, out_s=busy_out,
         exposed_s=exposed,
     )  # fmt: skip
+
+
+def simulate(ops: Sequence[Op], duration: Callable[[Op], float]) -> tuple[float, dict[Lane, float]]:
+    """(seconds until all is done, busy seconds of each lane) when every operation takes its time.
+
+    Every lane starts an operation as soon as the one before it and all that it waits for are over.
+    """
+    ends: list[float] = []
+    free = dict.fromkeys(LANES, 0.0)
+    busy = dict.fromkeys(LANES, 0.0)
+    for op in ops:
+        took = duration(op)
+        start = max([free[op.lane], *(ends[w] for w in op.waits)])
+        free[op.lane] = start + took
+        busy[op.lane] += took
+        ends.append(start + took)
+    return max(free.values()), busy
 
 
 def choose_group(load: Load, free: float, card: Card | None) -> tuple[Load, str | None]:
@@ -265,8 +298,3 @@ def choose_group(load: Load, free: float, card: Card | None) -> tuple[Load, str 
             f"({card.source}); raise batch_tokens or device_batch_size"
         )
     return found, None
-
-
-def days(load: Load, card: Card, steps: int) -> float:
-    """How long a run takes."""
-    return steps * step_seconds(load, card).seconds / 86400

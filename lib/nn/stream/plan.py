@@ -12,7 +12,7 @@ Pure:  no torch, no clock; the estimator gives durations to the same operations.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -298,20 +298,3 @@ def make_walk(shape: Shape, held: Held) -> Plan:
     kept[home] = shape.ends
     ops = tuple(board.ops)
     return Plan(shape=shape, ops=ops, border=len(ops), held=tuple(kept), gradients=0)
-
-
-def simulate(ops: Sequence[Op], duration: Callable[[Op], float]) -> tuple[float, dict[Lane, float]]:
-    """(seconds until all is done, busy seconds of each lane) when every operation takes its time.
-
-    Every lane starts an operation as soon as the one before it and all that it waits for are over.
-    """
-    ends: list[float] = []
-    free = dict.fromkeys(LANES, 0.0)
-    busy = dict.fromkeys(LANES, 0.0)
-    for op in ops:
-        took = duration(op)
-        start = max([free[op.lane], *(ends[w] for w in op.waits)])
-        free[op.lane] = start + took
-        busy[op.lane] += took
-        ends.append(start + took)
-    return max(free.values()), busy

@@ -15,40 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lib.core.errors import UserError
-from lib.nn.stream.decide import Streaming, free_bytes, load_of, spread, this_card
-from lib.nn.stream.estimate import break_even, choose_group, step_bytes
+from lib.nn.stream.decide import Streaming, choose_load, load_of, spread, this_card
+from lib.nn.stream.estimate import break_even, step_bytes
 from lib.nn.stream.execute import InOrder, Lanes
 from lib.nn.stream.memory import ALIGN, DeviceMemory, HostUnit, Slab
 from lib.nn.stream.passes import Bind, Moment, Pass
 from lib.nn.stream.plan import STAGES, Op, Plan, Shape, make_pass, make_walk
 
 Update = tuple[Sequence[str], Callable[[], None]]  # names of parameters, and what changes them
-
-
-class Streamable(Protocol):
-    """What a model offers so that its units can be streamed: x -> x, unit after unit."""
-
-    def stream_units(self) -> Sequence[nn.Module]:
-        """Module of each application, in order; one that comes twice is applied twice."""
-        ...
-
-    def embed(self, tokens: Tensor, moment: Moment) -> Tensor:
-        """tokens (b, T) -> x (b, T, d)."""
-        ...
-
-    def apply_unit(self, application: int, x: Tensor, moment: Moment) -> Tensor:
-        """One application, (b, T, d) -> (b, T, d) in the same dtype."""
-        ...
-
-    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a micro-batch from the last x."""
-        ...
 
 
 class Engine:
@@ -144,36 +123,22 @@ class Engine:
 
         UserError where stream_group does not divide the micro-batches of a step.
         """
-        runtime, accumulation = self.request.runtime, share // rows
-        self.rows, group = rows, runtime.stream_group
-        if isinstance(group, int):
-            fit = [g for g in range(1, accumulation + 1) if accumulation % g == 0]
-            if group not in fit:
-                near = min(fit, key=lambda g: (abs(g - group), g))
-                raise UserError(
-                    "stream_group does not divide a step",
-                    value=f"stream_group {group}, {accumulation} micro-batches",
-                    remedy=f"nearest: {near}",
-                )
-            load = load_of(self.model, self.dtype, self.request, rows=rows, group=group)
-            load = replace(load, accumulation=accumulation)
-        else:
-            load = load_of(self.model, self.dtype, self.request, rows=rows)
-            load = replace(load, accumulation=accumulation)
-            free = free_bytes(self.device, runtime.device_memory_gb)
-            card = this_card(self.device)
-            kept = runtime.stream_boundaries != "auto"
-            load, self.warning = choose_group(load, free, None if kept else card)
+        load, self.warning = choose_load(
+            self.model, self.device, self.dtype, self.request, rows, share // rows
+        )
+        self.rows, self.load = rows, load
         self.shape = replace(self.shape, host=load.host)
-        self.load = load
         return load.group * rows
 
     def notes(self) -> list[str]:
         """What streams, in one line, and a warning where copies cannot hide."""
-        if self.device.type == "cpu":
-            lines = ["stream: CPU executor (reference, no speed benefit)"]
-        else:
-            lines = []
+        on_cpu = self.device.type == "cpu"
+        lines = ["stream: CPU executor (reference, no speed benefit)"] if on_cpu else []
+        if not self.request.trains:
+            size = sum(u.wire_bytes for u in self.units[:-1]) / 1e9
+            reason = f"{self.model.stream_reason} | " if self.model.stream_reason else ""
+            units = f"{len(self.units) - 1} units, {self.shape.slots} slots"
+            return [*lines, f"stream: on | {reason}{units} | {size:.2f} GB in for each token"]
         inward, outward = step_bytes(self.load)
         card = this_card(self.device)
         even = f" | break-even {break_even(self.load, card):,.0f} tokens/load" if card else ""

@@ -53,7 +53,7 @@ def test_break_even_of_known_cards(name, tokens):
 def test_the_published_schedule_takes_years():
     """300,000 steps of 196,608 tokens on an RTX 3050: 1,147 days by FLOPs alone (3.4)."""
     load, _ = estimate.choose_group(published("1b"), RTX3050.memory, RTX3050)
-    days = estimate.days(load, RTX3050, 300_000)
+    days = 300_000 * estimate.step_seconds(load, RTX3050).seconds / 86400
     assert 1147 < days < 1.02 * 1147
     step = estimate.step_seconds(load, RTX3050)
     assert step.binding == "compute" and step.hidden > 0.9

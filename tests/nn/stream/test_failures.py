@@ -199,6 +199,21 @@ def test_auto_never_refuses_what_it_was_not_asked_for(monkeypatch):
     assert "stream: off | resident needs" in fits.engine_notes()[0]
 
 
+def test_a_model_that_reads_streams_only_where_its_weights_do_not_fit(monkeypatch):
+    """16 B a parameter are for training; here weights, cache and one block's work count."""
+    from lib import nn
+
+    model = make(stream=False, config={"depth": 48, "width": 64})
+    parameters = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(nn.stream, "Engine", lambda *_: "engine")
+    for bytes_each, wanted in ((5.0, None), (3.5, "engine")):
+        free = (0.5e9 + bytes_each * parameters) / 0.9  # a tenth of the device stays free
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        found = nn.stream.for_reading("auto")(model, torch.device("cuda"), torch.float32)
+        assert found == wanted, model.stream_reason
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_a_group_that_does_not_divide_names_the_nearest():
     model = make(stream_group=5)
     with pytest.raises(UserError, match=r"5, 8 micro-batches; nearest: 4"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lib.models.base import Optim
+from lib.nn.stream import for_reading
 from lib.nn.stream.execute import Lanes
 from lib.train.optim import build_optimizer
 from lib.train.schedule import make_schedule
@@ -177,3 +178,21 @@ def test_cached_decoding_streams():
         logits, state = streamed(tokens[:, :5])
         more, _ = streamed(tokens[:, 5:], state)
         assert torch.allclose(torch.cat((logits, more), 1), resident(tokens)[0], atol=1e-6)
+
+
+def test_a_model_that_only_reads_keeps_no_gradient_and_marks_what_it_wants():
+    """Logits at marked positions are those of the whole, and nothing is held for a backward."""
+    resident = make(stream=False).eval()
+    streamed = make(stream=False).eval()
+    streamed.streamer = for_reading("on")
+    streamed.place("cpu", torch.float32)
+    engine, tokens = streamed.engine, ids(2)[:, :-1]
+    where = torch.zeros_like(tokens, dtype=torch.bool)
+    where[0, 3] = where[1, 7] = True
+    with torch.no_grad():
+        marked = resident.logits_at(tokens, where)[0]
+        assert torch.equal(streamed.logits_at(tokens, where)[0], marked)
+        assert torch.allclose(marked, resident(tokens)[0][where], atol=1e-6)
+    assert all(unit.gradient_size == 0 for unit in engine.units) and engine._worker is None
+    assert engine.bytes_in > 0 and engine.stage_size == 1
+    assert not any(p.requires_grad for p in streamed.parameters())

@@ -7,7 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.nn.stream.plan import LANES, Op, Plan, Shape, make_pass, make_walk, simulate
+from lib.nn.stream.estimate import simulate
+from lib.nn.stream.plan import LANES, Op, Plan, Shape, make_pass, make_walk
 
 
 @st.composite
