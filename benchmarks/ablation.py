@@ -5,7 +5,8 @@ In:  the packed rows of an encoding, the same for all.   Out: one JSON line per 
 Law: every run takes the same number of training tokens and is scored on the same validation text.
 Resumable: a run that has its line is not made again; stop it and start it as often as you like.
 Not here: vocab_pad, which changes nothing where 64 divides the vocabulary, and fp8 (no CPU has it).
-Time is CPU seconds of a step with one thread, which other work on the machine hardly changes.
+Time is CPU seconds of 2,048 tokens with one thread, which other work hardly changes: the median of
+the steps, or their mean where steps differ from each other.
 
     python -m benchmarks.ablation --out ablation.jsonl          # what is missing, then a table
     python -m benchmarks.ablation --out ablation.jsonl --table  # the table alone
@@ -62,6 +63,11 @@ ROWS = {
     "rope_theta 100,000": Row({"rope_theta": 100_000.0}),
     "windows SSSL": Row({"windows": "SSSL"}),
     "softcap off": Row({"softcap": 0.0}),
+    "bigram 20,480": Row({"bigram": 20_480}),
+    "window_warmup 150": Row({"window_warmup": 150}),
+    "batch_ramp 1/2, 1": Row(train={"batch_ramp": (0.5, 1.0), "steps": 400}),  # as many tokens
+    "context_ramp 1/4, 1/2, 1, 1": Row(train={"context_ramp": (0.25, 0.5, 1.0, 1.0)}),
+    "adamw_every 2": Row(train={"adamw_every": 2}),
 }
 
 
@@ -111,7 +117,7 @@ def measure(data: Data, row: Row, seed: int, steps: int) -> dict[str, Any]:
     loaders: list[TimedLoader] = []
 
     def rows(plan: Any) -> TimedLoader:
-        loaders.append(TimedLoader(data.store, plan.batch_tokens, seed))
+        loaders.append(TimedLoader(data.store, plan.batch_tokens, seed, plan.rows_by_step))
         return loaders[-1]
 
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
@@ -126,12 +132,16 @@ def measure(data: Data, row: Row, seed: int, steps: int) -> dict[str, Any]:
             )
         )  # fmt: skip
     assert outcome.position.best is not None
+    seconds, tokens = np.diff(loaders[0].cpu[1:]), outcome.plan.tokens(outcome.plan.steps)
+    uneven = settings.batch_ramp or settings.context_ramp or settings.adamw_every > 1
+    uneven = uneven or row.model.get("window_warmup")
+    a_step = seconds.sum() * BATCH_TOKENS / tokens if uneven else statistics.median(seconds)
     return {
         "steps": steps,
-        "tokens": outcome.plan.batch_tokens * outcome.plan.steps,
+        "tokens": tokens,
         "bpb": outcome.position.best["bpb"],
         "parameters": outcome.plan.parameters,
-        "cpu_s_per_step": statistics.median(np.diff(loaders[0].cpu[1:]).tolist()),
+        "cpu_s_per_step": float(a_step),
         "dtype": str(dtype),
     }
 

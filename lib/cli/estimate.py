@@ -245,7 +245,7 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
         model.source = SimpleNamespace(tokens=int(tokens), has_rows=False)  # type: ignore[assignment]
         context = getattr(model, "stream_rows", None) or context
     plan = make_plan(section, model, context, torch.bfloat16)
-    tokens = plan.steps * plan.batch_tokens
+    tokens = plan.tokens(plan.steps)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables |= {id(p) for p in model.parameters() if p.ndim == 2 and p.shape[0] >= vocab_size}
     embedding = sum(p.numel() for p in model.parameters() if id(p) in tables)

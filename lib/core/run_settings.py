@@ -48,6 +48,9 @@ class Train:
     target_flops: float | None = None
     param_data_ratio: float | None = None  # tokens per scaling parameter
     batch_tokens: int | Literal["auto"] | None = None  # of one step over all ranks
+    # shares over equal parts of the run, () = the whole of it in every step
+    batch_ramp: tuple[float, ...] = ()  # of batch_tokens; rates follow its root
+    context_ramp: tuple[float, ...] = ()  # of the rows, which are cut into shorter ones
     # optimizer; a family may have rates of its own
     optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # rule of the matrices
     lr: float = 3e-4  # peak
@@ -56,6 +59,7 @@ class Train:
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
     moments: Literal["float32", "bfloat16"] = "float32"  # of adamw; bfloat16: 4 B a weight less
+    adamw_every: int = 1  # steps from one update of AdamW to the next, which gather gradients
     grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
     skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
     # schedule
@@ -104,6 +108,28 @@ class Train:
                 "epochs",
                 self.epochs,
                 "give it without steps, and with a number of batch_tokens",
+            ),
+            *(
+                (
+                    any(not 0 < x <= 1 for x in getattr(self, n)),
+                    n,
+                    getattr(self, n),
+                    "use 0 < x <= 1",
+                )
+                for n in ("batch_ramp", "context_ramp")
+            ),
+            (
+                bool(self.batch_ramp) and self.skip_steps > 0,
+                "skip_steps",
+                self.skip_steps,
+                "use 0 with batch_ramp: steps have no one size to leave out",
+            ),
+            (self.adamw_every < 1, "adamw_every", self.adamw_every, "use 1 or more"),
+            (
+                self.adamw_every > 1 and self.optimizer == "adamw8bit",
+                "adamw_every",
+                self.adamw_every,
+                "use 1 with adamw8bit",
             ),
             (not self.lr > 0, "lr", self.lr, "use a number above 0"),
             (not self.eps > 0, "eps", self.eps, "use a number above 0"),

@@ -2,9 +2,9 @@
 
 In:    packed rows of a token store, tokens per step, seed.  Out: `batch(step)`, int64 (rows,
        context + 1).
-Rule:  slot j of step s takes row perm(seed, epoch)[g mod R] with g = s G + j, epoch = g // R. Rank
-       r of W reads slots [r G/W, (r+1) G/W): the global batch depends on no rank count, micro-batch
-       or worker.
+Rule:  slot j of step s takes row perm(seed, epoch)[g mod R] with g = s G + j, epoch = g // R; where
+       the batch has a ramp, s G is the sum of its rows before s. Rank r of W reads slots
+       [r G/W, (r+1) G/W): the global batch depends on no rank count, micro-batch or worker.
 State: the integer s. Resuming is calling `batch` with it.
 Note:  a permutation costs 8 bytes a row and two are kept, since a step may lie across an epoch
        border.
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lib.core.errors import UserError
+from lib.core.ramp import Ramp
 from lib.core.rng import numpy_generator
 from lib.data.tokens import TokenStore
 
@@ -73,8 +74,13 @@ class Ahead:
 class Loader(Ahead):
     """Batches of packed training rows in seeded order, every epoch permuted anew."""
 
-    def __init__(self, store: TokenStore, batch_tokens: int, seed: int) -> None:
-        """UserError when `batch_tokens` is no multiple of the context, or more rows than exist."""
+    def __init__(
+        self, store: TokenStore, batch_tokens: int, seed: int, ramp: Ramp | None = None
+    ) -> None:
+        """ramp: rows by step, where they change. batch_tokens: of the largest step.
+
+        UserError when `batch_tokens` is no multiple of the context, or more rows than exist.
+        """
         self.store, self.seed, self.context = store, seed, store.context
         self.rows_per_step, left = divmod(batch_tokens, self.context)
         if left or not self.rows_per_step:
@@ -90,18 +96,19 @@ class Loader(Ahead):
                 value=f"{store.rows} rows, {self.rows_per_step} a step",
                 remedy=f"set batch_tokens to {store.rows * self.context} or less, or add documents",
             )
+        self.ramp = ramp or Ramp(values=(self.rows_per_step,), steps=1)
         self._orders: dict[int, np.ndarray] = {}
 
     def row_numbers(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """The rows that `batch` reads, int64 (G / world,)."""
-        if self.rows_per_step % world:
+        share, left = divmod(self.ramp.at(step), world)
+        if left:
             raise UserError(
                 "ranks do not divide the rows of a step",
-                value=f"{self.rows_per_step} rows, {world} ranks",
+                value=f"{self.ramp.at(step)} rows, {world} ranks",
                 remedy="change batch_tokens or the number of ranks",
             )
-        share = self.rows_per_step // world
-        first = step * self.rows_per_step + rank * share
+        first = self.ramp.before(step) + rank * share
         slots = np.arange(first, first + share)
         epochs, places = np.divmod(slots, self.store.rows)
         rows = np.empty(share, np.int64)

@@ -115,7 +115,7 @@ def _muon_rule(config: Config, vocab_size: int, optim: Optim) -> dict[str, Any]:
     if config.switches.optim == "base":
         return {"rule": "muon", "lr": 0.02}
     ratio, batch = optim.param_data_ratio or RATIO["modern"], optim.batch_tokens
-    tokens = float(optim.steps * batch)
+    tokens = float(optim.tokens or optim.steps * batch)
     decay = muon_decay(batch, tokens, ratio * reference_params(config, vocab_size))
     return {
         "rule": "normuon", "lr": 0.02 * batch_factor(batch), "betas": (0.0, 0.9),

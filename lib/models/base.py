@@ -66,6 +66,7 @@ class Optim:
     optimizer: Literal["adamw", "adamw8bit", "muon", "normuon"] = "adamw"  # of the matrices
     batch_tokens: int = 2**19  # tokens of one optimizer step over all ranks
     steps: int = 1  # steps of the whole run
+    tokens: int | None = None  # of the whole run; None: steps * batch_tokens
     param_data_ratio: float | None = None  # tokens per scaling parameter, where the run sets it
     compute_dtype: torch.dtype = torch.float32  # of the matmuls
 

@@ -63,7 +63,7 @@ class Data:
         """The seeded rows of every step, or the chunks of the corpus read as one stream."""
         if stream_rows is not None:
             return Chunks(self.store, stream_rows)
-        return Loader(self.store, plan.batch_tokens, self.seed)
+        return Loader(self.store, plan.batch_tokens, self.seed, plan.rows_by_step)
 
     def first_rows(self, count: int) -> np.ndarray:
         """The first packed rows, at most `count`: (rows, T + 1)."""
@@ -142,7 +142,9 @@ def sized(settings: Train, store: TokenStore) -> Train:
     if settings.epochs is None:
         return settings
     assert isinstance(settings.batch_tokens, int), "run_settings demands a number"
-    rows = settings.batch_tokens // store.context
+    rows: float = settings.batch_tokens // store.context
+    if ramp := settings.batch_ramp:
+        rows *= sum(ramp) / len(ramp)
     return replace(settings, epochs=None, steps=max(1, int(settings.epochs * store.rows / rows)))
 
 

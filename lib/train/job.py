@@ -51,12 +51,21 @@ class Batch:
     step: int
     first_row: int = 0  # number of its first row in the step, over all ranks
     rows: np.ndarray | None = None
+    of: int = 1  # micro-batches that the step has, over all ranks
 
 
 def cut(
-    ids: np.ndarray, step: int, micro_rows: int, device: torch.device, numbered: Rows | None
+    ids: np.ndarray,
+    step: int,
+    micro_rows: int,
+    device: torch.device,
+    numbered: Rows | None,
+    pieces: int = 1,
 ) -> list[Batch]:
-    """The micro-batches of a rank's rows (rows, T + 1); numbered: knows which packed rows."""
+    """The micro-batches of a rank's rows (rows, T + 1); numbered: knows which packed rows.
+
+    pieces: shorter rows that each row is read as.
+    """
     own = None
     if numbered is not None:
         own = numbered.row_numbers(step, ranks.rank(), ranks.world_size())
@@ -64,10 +73,15 @@ def cut(
     ends = list(range(micro_rows, len(ids), micro_rows))
     of = [None] * len(parts) if own is None else np.split(own, ends)
     first_rows = range(ranks.rank() * len(ids), (ranks.rank() + 1) * len(ids), micro_rows)
+    length = (ids.shape[1] - 1) // pieces
+    shorter = (lambda x: x.reshape(-1, length)) if pieces > 1 else (lambda x: x)
     return [
-        Batch(tokens=part[:, :-1], targets=part[:, 1:], step=step, first_row=first, rows=numbers)
+        Batch(
+            tokens=shorter(part[:, :-1]), targets=shorter(part[:, 1:]), step=step,
+            first_row=first * pieces, rows=numbers, of=len(parts) * ranks.world_size(),
+        )
         for part, first, numbers in zip(parts, first_rows, of, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

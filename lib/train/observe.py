@@ -60,8 +60,9 @@ class Speaks(Protocol):
 class Observer:
     """Writes and says what happens. Only rank 0 has one that speaks; the others get `quiet`.
 
-    steps: length of the run. flops_per_token, bytes_per_token: make the curves' columns of tokens.
-    peak_flops: of all devices together, for the share that is used; None where it is not known.
+    steps: length of the run. tokens: of its first steps. flops_per_token, bytes_per_token: make the
+    curves' columns of tokens. peak_flops: of all devices together, for the share that is used; None
+    where it is not known.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Observer:
         *,
         run: str,
         steps: int,
-        tokens_per_step: int,
+        tokens: Callable[[int], int],
         flops_per_token: int,
         bytes_per_token: float,
         peak_flops: float | None = None,
@@ -80,7 +81,7 @@ class Observer:
         quiet: bool = False,
     ) -> None:
         self.folder, self.runtime, self.run, self.steps = folder, runtime, run, steps
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.tokens, self.flops_per_token = tokens, flops_per_token
         self.bytes_per_token, self.peak_flops = bytes_per_token, peak_flops
         self.warn, self.quiet = warn, quiet
         self._stride = -(-steps // MAX_LOSS_ROWS)
@@ -146,7 +147,7 @@ class Observer:
             return
         if decided := kernels.news():  # known once they have run
             self.say(decided)
-        tokens = step * self.tokens_per_step
+        tokens = self.tokens(step)
         if learned and (step % self._stride == 0 or step == self.steps):
             row = (step, tokens, tokens * self.flops_per_token, loss, lr, grad)
             self._points.append(dict(zip(LOSS_COLUMNS, row, strict=True)))
@@ -155,7 +156,8 @@ class Observer:
         if step % self.runtime.log_every and step != self.steps:
             return
         seconds = (time.monotonic() - self._since) / self._steps_since
-        rate = self.tokens_per_step / seconds if seconds > 0 and self._taken > WARM_STEPS else None
+        per_step = (tokens - self.tokens(step - self._steps_since)) / self._steps_since
+        rate = per_step / seconds if seconds > 0 and self._taken > WARM_STEPS else None
         numbers = {"loss": loss, "ppl": perplexity(loss), "lr": lr, "grad": grad} if learned else {}
         if learned and not model.predicts:
             del numbers["ppl"]
@@ -179,7 +181,7 @@ class Observer:
             return
         if decided := kernels.news():  # known once they have run
             self.say(decided)
-        tokens = step * self.tokens_per_step
+        tokens = self.tokens(step)
         read = round(tokens * self.bytes_per_token)
         row = (step, tokens, read, tokens * self.flops_per_token, bpb)
         self._points.append(dict(zip(CURVE_COLUMNS, row, strict=True)))

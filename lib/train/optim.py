@@ -106,7 +106,7 @@ class Optimizer:
     updates them, then all ranks receive the result. `step` and `state_tensors` are then collective
     calls. parts: names of parameters that AdamW updates by one call each, in this order; `run`
     makes the updates, now or beside other work (they hold their gradients). rounded: AdamW keeps
-    its moments in bf16.
+    its moments in bf16. gathers: AdamW may pass steps over, whose gradients it then adds up.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Optimizer:
         parts: Sequence[Sequence[str]] = (),
         run: Callable[[Sequence[Update]], None] | None = None,
         rounded: RoundedMoments | None = None,
+        gathers: bool = False,
     ) -> None:
         self.groups, self._run = list(groups), run or _run_in_order
         names = [name for group in self.groups for name in group.params]
@@ -128,15 +129,18 @@ class Optimizer:
         self._rank = dist.get_rank() if ranks > 1 else 0
         self._owners = deal(muon, ranks)
         self._plain = _AdamW(plain, parts, rounded)
+        self._gathered = _Gathered(plain if gathers else ())
         self._coded = EightBitAdamW(coded) if coded else None
-        self._adamw = [rule for rule in (self._plain, self._coded) if rule is not None]
+        rules = (self._plain, self._gathered, self._coded)
+        self._adamw = [rule for rule in rules if rule is not None]
         self._stacks = [s for group in muon for s in _stacks(group, self._owners, self._rank)]
         self._matrices = {n: p for group in muon for n, p in group.params.items()}
 
     @torch.no_grad()
     def step(self, multipliers: Multipliers) -> None:
         """One update from the gradients that are there."""
-        self._run(self._plain.updates(multipliers))
+        if self._gathered.released(multipliers.adamw):
+            self._run(self._plain.updates(multipliers))
         if self._coded is not None:
             self._coded.step(multipliers)
             names = [name for group in self._coded.groups for name in group.params]
@@ -195,13 +199,15 @@ class Optimizer:
 
 def build_optimizer(
     groups: Sequence[Group], *, shard: bool = False, model: Family | None = None,
-    rounded: RoundedMoments | None = None,
+    rounded: RoundedMoments | None = None, gathers: bool = False,
 ) -> Optimizer:  # fmt: skip
     """The optimizer of a model's `param_groups`; `model` may say in which parts, and when."""
     if model is None:
-        return Optimizer(groups, shard=shard, rounded=rounded)
-    parts, run = model.update_parts(), model.run_updates
-    return Optimizer(groups, shard=shard, parts=parts, run=run, rounded=rounded)
+        return Optimizer(groups, shard=shard, rounded=rounded, gathers=gathers)
+    return Optimizer(
+        groups, shard=shard, parts=model.update_parts(), run=model.run_updates, rounded=rounded,
+        gathers=gathers,
+    )  # fmt: skip
 
 
 def _run_in_order(updates: Sequence[Update]) -> None:
@@ -299,6 +305,27 @@ class _MuonStack:
             if self.group.rule == "normuon":
                 state[f"{name}.second_moment"] = self.second_moment[i]
         return state
+
+
+class _Gathered:
+    """Gradients of steps that AdamW passed over; part of the state, or a resume would lose them."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._params = {name: p for group in groups for name, p in group.params.items()}
+        self._sums = {n: torch.zeros_like(p, dtype=_wide(p)) for n, p in self._params.items()}
+
+    def released(self, due: bool) -> bool:
+        """Whether AdamW steps now, with all that was gathered; else these gradients join it."""
+        for name, parameter in self._params.items():
+            if parameter.grad is not None and due:
+                parameter.grad.add_(self._sums[name].to(parameter.grad.dtype))
+                self._sums[name].zero_()
+            elif parameter.grad is not None:
+                self._sums[name].add_(parameter.grad)
+        return due
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {f"{name}.gathered": total for name, total in self._sums.items()}
 
 
 class _AdamW:

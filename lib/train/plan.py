@@ -8,16 +8,18 @@ Rule:  what the settings leave open is the family's (`Family.defaults`); steps c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
 from lib.core import ranks
 from lib.core.errors import UserError
+from lib.core.ramp import Ramp
 from lib.core.run_settings import Runtime, Train
 from lib.models.base import Family, Optim
 from lib.train.parallel import is_sharded
-from lib.train.schedule import Schedule, auto_batch, horizon, make_schedule
+from lib.train.schedule import Multipliers, Schedule, auto_batch, horizon, make_schedule
 
 AUTO_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # of a micro-batch where device_batch_size is auto
 
@@ -27,18 +29,32 @@ class Plan:
     """What every step of the run needs to know."""
 
     steps: int
-    batch_tokens: int  # of one step over all ranks
+    batch_tokens: int  # of one step over all ranks, the largest one
     context: int  # T
     schedule: Schedule
     optim: Optim
     grad_clip: float  # global norm, 0 = off
     flops_per_token: int
     parameters: int
+    rows_by_step: Ramp  # G, rows of a step over all ranks
+    pieces: Ramp  # shorter rows that each row is read as
+    adamw_every: int = 1
 
     @property
     def rows(self) -> int:
-        """G, rows of a step over all ranks."""
-        return self.batch_tokens // self.context
+        """Rows that every step is a multiple of: all of them but where the batch has a ramp."""
+        return math.gcd(*self.rows_by_step.values)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first `steps` steps."""
+        return self.rows_by_step.before(steps) * self.context
+
+    def at(self, step: int) -> Multipliers:
+        """What the update of `step` applies; rates follow the root of the batch (gpt.md 7.4)."""
+        found = self.schedule.at(step)
+        share = self.rows_by_step.at(step) * self.context / self.batch_tokens
+        due = (step + 1) % self.adamw_every == 0 or step + 1 == self.steps
+        return replace(found, lr=found.lr * math.sqrt(share), adamw=due)
 
     def micro_rows(
         self, runtime: Runtime, device: torch.device, world: int, whole: bool = False
@@ -86,14 +102,16 @@ def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) 
             value=f"batch_tokens {batch}, context {context}",
             remedy=f"use {max(1, batch // context) * context}",
         )
+    sizes = ramped_rows(settings, model, batch // context)
     steps = horizon(
-        batch_tokens=batch,
+        batch_tokens=sum(sizes) * context // len(sizes),
         params=model.scaling_params(),
         flops_per_token=flops,
         num_iterations=model.matched_steps(settings.steps, context) or wanted.steps,
         target_flops=settings.target_flops,
         param_data_ratio=ratio,
     )
+    rows_by_step = Ramp(values=sizes, steps=steps)
     clip = wanted.grad_clip if settings.grad_clip is None else settings.grad_clip
     return Plan(
         steps=steps,
@@ -116,11 +134,54 @@ def make_plan(settings: Train, model: Family, context: int, dtype: torch.dtype) 
             steps=steps,
             param_data_ratio=settings.param_data_ratio,
             compute_dtype=dtype,
+            tokens=rows_by_step.before(steps) * context,
         ),
         grad_clip=clip,
         flops_per_token=flops,
         parameters=sum(p.numel() for p in model.parameters()),
+        rows_by_step=rows_by_step,
+        pieces=Ramp(values=pieces_of_rows(settings, model, context), steps=steps),
+        adamw_every=settings.adamw_every,
     )
+
+
+def ramped_rows(settings: Train, model: Family, rows: int) -> tuple[int, ...]:
+    """Rows of a step in each part of the run; UserError for a share that is no whole rows."""
+    if settings.batch_ramp and (model.whole_steps or model.stream_rows is not None):
+        raise UserError(
+            "batch_ramp changes the step, and this family has its own",
+            value=str(settings.batch_ramp),
+            remedy="leave it empty",
+        )
+    found = [share * rows for share in settings.batch_ramp or (1.0,)]
+    for share, value in zip(settings.batch_ramp, found, strict=False):
+        if not value.is_integer():
+            raise UserError(
+                "batch_ramp leaves no whole rows",
+                value=f"{share} of {rows} rows",
+                remedy=f"use multiples of 1/{rows}",
+            )
+    return tuple(int(value) for value in found)
+
+
+def pieces_of_rows(settings: Train, model: Family, context: int) -> tuple[int, ...]:
+    """Pieces that each row is cut into in each part of the run, all equally long."""
+    if not settings.context_ramp:
+        return (1,)
+    if model.reads_rows() or model.stream_rows is not None or model.engine is not None:
+        raise UserError(
+            "context_ramp cuts rows, and here they are read whole",
+            value=str(settings.context_ramp),
+            remedy="leave it empty; a streamed run needs runtime.stream: off",
+        )
+    found = [1 / share for share in settings.context_ramp]
+    if bad := [x for x in found if not x.is_integer() or context % int(x)]:
+        raise UserError(
+            "context_ramp leaves no equal pieces",
+            value=f"{1 / bad[0]:g} of {context} positions",
+            remedy="use shares like 0.25, 0.5, 1",
+        )
+    return tuple(int(x) for x in found)
 
 
 def _tokens(
@@ -144,7 +205,7 @@ def describe(
         f"{g.name} {sum(p.numel() for p in g.params.values()):,}"
         for g in model.param_groups(plan.optim)
     )
-    tokens = plan.steps * plan.batch_tokens
+    tokens = plan.tokens(plan.steps)
     lines = [
         f"parameters: {plan.parameters:,} ({groups})",
         f"steps: {plan.steps:,} of {plan.batch_tokens:,} tokens, {tokens:,} in all, "
@@ -152,7 +213,7 @@ def describe(
         f"FLOPs: {tokens * plan.flops_per_token:.3e}, {plan.flops_per_token:,} a token",
         f"device: {device.type} x {world}, {plan.optim.compute_dtype}, {micro_rows} rows at once",
     ]
-    hours = seconds * plan.rows / micro_rows / world * plan.steps / 3600
+    hours = seconds * tokens / plan.context / micro_rows / world / 3600
     span = f"{hours:.2f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
     lines += [f"about {span} at the rate of the dry step"] if hours else []
     return [*lines, f"a checkpoint: {size / 1e6:,.1f} MB"]

@@ -23,11 +23,15 @@ MIN_STEPS = 256  # an automatic batch leaves at least as many steps
 
 @dataclass(frozen=True, kw_only=True)
 class Multipliers:
-    """What one step applies: lr times every group's peak, Muon's momentum, Muon's decay factor."""
+    """What one step applies: lr times every group's peak, Muon's momentum, Muon's decay factor.
+
+    adamw: False where AdamW only gathers this step's gradients.
+    """
 
     lr: float = 1.0
     momentum: float = 0.95
     weight_decay: float = 1.0
+    adamw: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

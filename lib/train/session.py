@@ -218,7 +218,7 @@ def write_result(
     beside: JSON values that lie in the model's folder, by file name.
     """
     plan, position = outcome.plan, outcome.position
-    tokens = (position.step - position.skipped) * plan.batch_tokens
+    tokens = plan.tokens(position.step) - position.skipped * plan.batch_tokens
     family, vocab_size = job.identity["family"], job.identity["vocab_size"]
     provenance = {
         "run": run.name,

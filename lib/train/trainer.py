@@ -46,14 +46,15 @@ def train(job: Job) -> Outcome:
     state = RunState(
         model=model,
         optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model,
-                                  rounded=rounding.of_run(settings, runtime, job.seed)),
+                                  rounded=rounding.of_run(settings, runtime, job.seed),
+                                  gathers=plan.adamw_every > 1),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype), device=device, position=Position(), extra=job.extra,
         checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
         stack={**stack_of(device, job.dtype), **model.engine_facts()},
     )  # fmt: skip
     observer = Observer(
-        job.work, runtime, run=job.run, steps=plan.steps, tokens_per_step=plan.batch_tokens,
+        job.work, runtime, run=job.run, steps=plan.steps, tokens=plan.tokens,
         flops_per_token=plan.flops_per_token, bytes_per_token=job.bytes_per_token, warn=job.warn,
         peak_flops=parallel.peak_flops(device), config=job.described(), quiet=rank > 0,
     )  # fmt: skip
@@ -64,7 +65,6 @@ def train(job: Job) -> Outcome:
     position, scaler, optimizer = state.position, state.scaler, state.optimizer
     micro_rows = plan.micro_rows(runtime, device, world, model.whole_steps)
     micro_rows = model.group_rows(state.keep_micro_rows(micro_rows, job.log), plan.rows // world)
-    micro_batches = plan.rows // micro_rows  # of one step over all ranks
     for name in model.compiled if runtime.compile else ():
         setattr(model, name, torch.compile(getattr(model, name)))
 
@@ -78,19 +78,19 @@ def train(job: Job) -> Outcome:
             with autocast(device, job.dtype):
                 loss = next(losses, None)
             if isinstance(loss, Tensor):
-                (loss * (scaler.scale / micro_batches)).backward()
+                (loss * (scaler.scale / batch.of)).backward()
                 total = loss.detach() if total is None else total + loss.detach()
                 continue
             yield total, loss is None
             if loss is None:
                 return
-            refuse_accumulation(micro_batches)
+            refuse_accumulation(batch.of)
             total = None
 
     def updates(arrays: Iterator[Any]) -> Iterator[tuple[int, Any, list[Tensor], bool]]:
         """(step, micro-batches, their losses, last of its batch) with the gradients in place."""
         for step, ids in enumerate(arrays, start=position.step):
-            parts = cut(ids, step, micro_rows, device, numbered)
+            parts = cut(ids, step, micro_rows, device, numbered, plan.pieces.at(step))
             for found in zip(*map(backward, parts), strict=True):
                 yield step, parts, [x for x, _ in found if x is not None], found[0][1]
 
@@ -142,12 +142,12 @@ def train(job: Job) -> Outcome:
                 norm = parallel.global_norm(gradients).to(device) / scaler.scale
                 late = time.monotonic() - committed_at >= runtime.checkpoint_every_minutes * 60
                 flags = torch.tensor([job.stop.asked, late and rank == 0, 0.0], device=device)
-                flags[2] = torch.stack(seen).sum() / micro_batches if seen else 0.0
+                flags[2] = torch.stack(seen).sum() / parts[0].of if seen else 0.0
                 # The only place where the host waits for the device; all ranks get equal numbers.
                 numbers = torch.cat([parallel.sum_over_ranks(flags), norm.view(1)]).tolist()
                 asked, late, loss, grad = bool(numbers[0]), bool(numbers[1]), *numbers[2:]
                 # ---- finite? clip, schedule, update, average
-                multipliers, done = plan.schedule.at(step), step + 1
+                multipliers, done = plan.at(step), step + 1
                 updated = bool(seen) and safety.are_finite(loss, grad)
                 if updated:
                     clip = min(1.0, plan.grad_clip / (grad + 1e-6)) if plan.grad_clip else 1.0

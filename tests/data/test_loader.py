@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lib.core.errors import UserError
+from lib.core.ramp import Ramp
 from lib.data import tokens as tokens_module
 from lib.data.loader import Loader
 from lib.data.tokens import TokenStore
@@ -151,3 +152,14 @@ def test_the_store_is_read_only_and_knows_its_tokenizer(store):
     store.require_tokenizer(store.fingerprint)
     with pytest.raises(UserError, match=r"made with bbbbbbbb, given cccccccc; run"):
         store.require_tokenizer("c" * 64)
+
+
+def test_a_ramp_reads_the_same_rows_in_steps_of_other_sizes(store):
+    """Every rank and every fresh loader finds its place from the step alone."""
+    ramp = Ramp(values=(2, 4, 8), steps=12)
+    plain, ramped = Loader(store, G * 16, seed=3), Loader(store, G * 16, 3, ramp)
+    order = np.concatenate([plain.row_numbers(step) for step in range(8)])
+    for step in (11, 0, 5, 4, 3, 8):
+        shares = [ramped.row_numbers(step, rank, 2) for rank in range(2)]
+        start, size = ramp.before(step), ramp.at(step)
+        assert np.array_equal(np.concatenate(shares), order[start : start + size]), f"step {step}"

@@ -32,7 +32,7 @@ class Silent:
 
 def observer(folder: Path, runtime: Runtime = RUNTIME, steps: int = 100, **changes) -> Observer:
     options = {
-        "run": "tiny", "steps": steps, "tokens_per_step": 24, "flops_per_token": 1000,
+        "run": "tiny", "steps": steps, "tokens": lambda step: step * 24, "flops_per_token": 1000,
         "bytes_per_token": 2.5, "warn": lambda text: None,
     }  # fmt: skip
     return Observer(folder, runtime, **{**options, **changes})

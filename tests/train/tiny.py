@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lib.core.ramp import Ramp
 from lib.core.rng import numpy_generator
 from lib.core.run_settings import Runtime, Train
 from lib.models.base import Family
@@ -38,16 +39,22 @@ class Bigram(Family):
 
 
 class Rows:
-    """Seeded rows with a permutation an epoch, like the loader's; 10 rows, 4 a step."""
+    """Seeded rows with a permutation an epoch, like the loader's; 10 rows, 4 a step or a ramp."""
 
-    def __init__(self, total: int = 10, per_step: int = ROWS_PER_STEP, seed: int = 3) -> None:
+    def __init__(
+        self,
+        total: int = 10,
+        per_step: int = ROWS_PER_STEP,
+        seed: int = 3,
+        ramp: Ramp | None = None,
+    ) -> None:
         draw = numpy_generator(seed, "rows of a test")
         self.data = draw.integers(0, VOCAB, (total, CONTEXT + 1))
-        self.per_step, self.seed = per_step, seed
+        self.ramp, self.seed = ramp or Ramp(values=(per_step,), steps=1), seed
 
     def row_numbers(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        share = self.per_step // world
-        slots = np.arange(share) + step * self.per_step + rank * share
+        share = self.ramp.at(step) // world
+        slots = np.arange(share) + self.ramp.before(step) + rank * share
         epochs, places = np.divmod(slots, len(self.data))
         orders = {e: self._order(e) for e in set(epochs.tolist())}
         return np.array([orders[e][p] for e, p in zip(epochs.tolist(), places, strict=True)])
