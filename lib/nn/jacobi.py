@@ -10,25 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lib.core.rng import torch_generator
-from lib.nn import probes
 from lib.nn.budget import sweep_bytes
-from lib.nn.first_sweep import contraction_of, inputs_of_stream, ranks_of, write_first_sweep
-from lib.nn.memory_term import Memory, offset_targets
+from lib.nn.chunk import Chunk, Record
+from lib.nn.first_sweep import write_first_sweep
 from lib.nn.objective import (
     Learner,
     Numbers,
     Objective,
-    Terms,
     activation_bytes,
     handed,
     two_pass,
-    unique_tables,
 )
-from lib.nn.one_step import one_step
 from lib.nn.pace import KEPT, TWICE, Pace
 from lib.nn.solver import Solver
 from lib.nn.sweep_state import SweepState
@@ -59,7 +54,7 @@ class Jacobi(Solver):
         pace.begin(disk, k, j)
         if k == 0:
             write_first_sweep(self.model, disk, j, pace.advance)
-        for loss in self._sweep(disk, k, j, batch.step) if k else ():
+        for loss in self._sweep(disk, k, j, batch.step, pace) if k else ():
             yield loss
             pace.advance(self.model.config.micro_tokens, 1 - 1 / pace.learning)
         pace.end(disk, k, j)
@@ -82,90 +77,19 @@ class Jacobi(Solver):
         sizes = [stop - start for start, stop in ends]
         return sum(x["converged"] * n for x, n in zip(lines, sizes, strict=True)) / sum(sizes)  # type: ignore[index]
 
-    def _sweep(self, disk: Sweeps, k: int, j: int, step: int) -> Iterator[Tensor]:
-        model, config, source = self.model, self.model.config, self.model.source
-        assert source is not None
-        (weights, hand_on), (start, stop) = model.weights().apart(), disk.span(j)
-        wide, micro = weights.b[0].dtype, config.micro_tokens
-        ids = source.ids(start, stop)
-        memory = Memory(model, step, ids)
-        tables, index = unique_tables(model, weights, ids, learns=True)
-        keep = None
-        if config.get("reset") == "document":
-            keep = (~source.starts(start, stop)).to(wide)
-        targets, valid = self._ahead(memory, ids, keep)
-        first = self._before(disk, k, j).to(wide)
-
-        def run() -> Iterator[Terms]:
-            before, at = first, start
-            for old in disk.read(k - 1, j, micro):
-                old = old.to(wide)
-                here = slice(at - start, at - start + len(old))
-                if tables is not None:
-                    P = tables.gather(index[here])
-                else:
-                    P = weights.token_side(inputs_of_stream(model, at, at + len(old)))
-                noisy = torch.cat((before[None], old[:-1]))
-                if sigma := config.get("noise"):
-                    noisy.add_(self._noise.rows(k, at, at + len(old)).to(wide), alpha=sigma)
-                noisy = noisy if keep is None else noisy * keep[here, None]
-                c = one_step(noisy, P, weights, owned=True)
-                terms = Terms(c=c, stepped=c, wanted=old)
-                if memory.active:
-                    picked = ([x[here] for x in xs] for xs in (targets, valid))
-                    terms.memory = memory.loss(c, *picked)
-                yield terms
-                before, at = old[-1], at + len(old)
-
-        writer, sample, converged = disk.writer(k, j), [], 0
-        share = min(1.0, probes.SEED_ROWS / (stop - start))
-
-        def seen(terms: Terms, distances: Tensor) -> None:
-            nonlocal converged
-            rows = terms.c.detach()
-            writer.put(rows)
-            if self.pace is not None:
-                self.pace.advance(len(rows), 1 / self.pace.learning)
-            converged += int((distances < config.converged_mse * config.d).sum())
-            sample.append(probes.sample_rows(rows, max(1, round(share * len(rows)))))
-
-        pairs = sum(int(v.sum()) for v in valid)
-        objective = Objective(model, step, stop - start, pairs)
+    def _sweep(self, disk: Sweeps, k: int, j: int, step: int, pace: Pace) -> Iterator[Tensor]:
+        chunk = Chunk(self.model, disk, k, j, step, self._noise)
+        objective = Objective(self.model, step, chunk.stop - chunk.start, chunk.pairs)
+        record = Record(chunk, lambda tokens: pace.advance(tokens, 1 / pace.learning))
 
         def commit() -> None:
-            line = {"sweep": k, "chunk": j, "crc32": writer.finish()}
-            found = ranks_of(torch.cat(sample)) | {
-                "fixed_point": objective.numbers.fixed_point,
-                "diversity": objective.numbers.diversity,
-                "memory": objective.numbers.memory,
-                "converged": converged / (stop - start),
-                "rho": contraction_of(model, weights, start, stop),
-            }
-            disk.commit(line | found)
-            disk.forget(k, j)
-            disk.forget(k - 1, j)
+            record.commit(objective.numbers)
             self.numbers = objective.numbers
 
-        keeps, last = self._keeps(stop - start), handed(tables, hand_on)
-        yield from two_pass(run, objective, keeps=keeps, seen=seen, commit=commit, last=last)
-
-    def _before(self, disk: Sweeps, k: int, j: int) -> Tensor:
-        """The vector before the chunk: what this sweep wrote last; for the first token the wrap."""
-        if j:
-            return disk.last_written(k, j)
-        if not self.model.config.get("wrap"):
-            return torch.zeros(self.model.config.d)
-        return disk.row(k - 1, disk.tokens - 1)
-
-    def _ahead(
-        self, memory: Memory, ids: Tensor, keep: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Targets and masks of the memory term within the chunk, (n,) each."""
-        if not memory.active:
-            return [], []
-        column = None if keep is None else keep[:, None]
-        targets, valid = offset_targets(ids[:, None], column, memory.offsets)
-        return [t[:, 0] for t in targets], [v[:, 0] for v in valid]
+        yield from two_pass(
+            chunk.terms, objective, keeps=self._keeps(chunk.stop - chunk.start), seen=record.see,
+            commit=commit, last=handed(chunk.tables, chunk.hand_on),
+        )  # fmt: skip
 
     # ------------------------------------------------------------ state and words
 
