@@ -22,6 +22,7 @@ from lib.core import dag, params
 from lib.core.artifact import Manifest
 from lib.core.data_settings import EmbeddedSource, HubDatasetSource, ParquetSource
 from lib.core.errors import EnvError
+from lib.core.run_settings import Train
 from lib.core.settings import Settings
 from lib.export import amounts
 
@@ -31,7 +32,7 @@ CHARACTERS_PER_TOKEN = 4.8  # of a 65,536-id BPE on English web text
 PACKAGE_BYTES = 12.7e6 / 6  # of docstrings, of each package of the embedded corpus
 PROCESS_BYTES = 0.45e9  # Python with torch, before any model
 WORKER_BYTES = 0.32e9  # one worker of a data stage (measured: 644 MB with two)
-STATE_BYTES, CHECKPOINT_BYTES = 16, 12  # a parameter
+STATE_BYTES = 16  # a parameter
 ACTIVATION_BYTES = 34  # a token, channel and block
 CLEAN_RATE, ENCODE_RATE = 15e6, 8e6  # bytes of text a second and core
 
@@ -249,8 +250,9 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables |= {id(p) for p in model.parameters() if p.ndim == 2 and p.shape[0] >= vocab_size}
     embedding = sum(p.numel() for p in model.parameters() if id(p) in tables)
-    worked = _streamed(settings, model, plan, machine)
+    worked = _streamed(settings, section, model, plan, machine)
     worked = worked or _resident(model, plan, settings, machine)
+    checkpoint = checkpoint_bytes(section, plan.parameters)
     facts = (
         ("run", name),
         ("parameters", plan.parameters),
@@ -260,12 +262,12 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
         ("tokens", tokens),
         ("flops_per_token", plan.flops_per_token),
         ("flops", tokens * plan.flops_per_token),
-        ("checkpoint_bytes", CHECKPOINT_BYTES * plan.parameters),
+        ("checkpoint_bytes", checkpoint),
         ("tokens_per_s", worked["tokens_per_s"]),
     )
     return Cost(
         stage=stage_of(name),
-        scratch_bytes=CHECKPOINT_BYTES * plan.parameters * settings.runtime.keep_last,
+        scratch_bytes=(settings.runtime.keep_last + 2) * checkpoint,  # the best, one being written
         ram_bytes=worked["ram_bytes"],
         vram_bytes=worked["vram_bytes"],
         seconds=tokens / worked["tokens_per_s"],
@@ -273,6 +275,12 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
         basis=machine.source,
         facts=facts,
     )
+
+
+def checkpoint_bytes(section: Train, parameters: int) -> int:
+    """Weights, AdamW's two moments, the average where the run keeps one."""
+    moments = 8 if section.moments == "float32" else 4
+    return parameters * (4 + moments + (4 if section.ema_decay else 0))
 
 
 def stage_of(run: str) -> str:
@@ -309,7 +317,9 @@ def _resident(model: Any, plan: Any, settings: Settings, machine: Machine) -> di
     }
 
 
-def _streamed(settings: Settings, model: Any, plan: Any, machine: Machine) -> dict[str, Any] | None:
+def _streamed(
+    settings: Settings, section: Train, model: Any, plan: Any, machine: Machine
+) -> dict[str, Any] | None:
     """By the streaming engine's own planner, where the family has units and does not fit whole."""
     if machine.vram_bytes is None or not hasattr(model, "stream_units"):
         return None
@@ -325,7 +335,10 @@ def _streamed(settings: Settings, model: Any, plan: Any, machine: Machine) -> di
                       in_rate=13e9, out_rate=13e9),
     )  # fmt: skip
     card = replace(card, flops=machine.flops)
-    request = decide.Streaming(runtime=settings.runtime, context=plan.context)
+    request = decide.Streaming(
+        runtime=settings.runtime, context=plan.context,
+        grad_dtype=getattr(torch, section.grad_wire), moment_dtype=getattr(torch, section.moments),
+    )  # fmt: skip
     load = decide.load_of(model, torch.bfloat16, request)
     accumulation = max(1, plan.rows // load.rows)
     load = replace(load, accumulation=accumulation)

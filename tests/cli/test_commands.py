@@ -8,6 +8,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,9 @@ def test_reference_point_ramgpt_1b(monkeypatch):
     facts = dict(cost.facts)
     assert facts["parameters"] == 1_098_705_408 and facts["non_embedding"] == 1_019_937_792
     assert round(facts["checkpoint_bytes"] / 1e9, 1) == 13.2
+    assert cost.scratch_bytes == 10 * facts["checkpoint_bytes"], "eight, the best, the one written"
+    half = replace(settings.train["ramgpt"], moments="bfloat16", ema_decay=0.9)
+    assert estimate.checkpoint_bytes(half, 10) == 120
     assert (cost.seconds or 0) / 86400 == pytest.approx(1147, rel=0.02)
 
 
