@@ -170,7 +170,7 @@ def test_symmetric_products_are_symmetric_bit_for_bit():
 def test_the_operator_keeps_torchs_rules(op):
     """Schema, fake shapes and autograd registration."""
     if op in ("linear_cross_entropy", "tt_linear_cross_entropy"):
-        pytest.skip("its operator is the reference's, tested there; or an autograd function")
+        pytest.skip("its operator is the reference's, tested with it")
     kernels.load(op)
     case, extra = case_of(op, F32), {"rms_norm": (1e-6,), "xxt": (1.0, 0.0, None)}
     tensors = tuple(case.tensors.values())

@@ -148,6 +148,36 @@ def test_memory_stays_below_150_megabytes_where_the_logits_alone_take_206():
     assert seen.peak < 150e6, f"{seen.peak / 1e6:.0f} MB"
 
 
+@pytest.mark.parametrize("block", [2, 6])  # 6: all cells at once, gradients in the first pass
+def test_the_operators_keep_torchs_rules(block):
+    """Fake shapes, schema, autograd registration; a compiled graph without a break."""
+    h, C1, C2, y = draw(10, torch.float32)
+    name, sizes = "lib_kernels_tt_linear_cross_entropy", (V, 15.0, block)
+    for scale in (None, torch.ones(10)):
+        torch.library.opcheck(
+            getattr(torch.ops.kumiki, name), (h, C1, C2, y, orders()["random"], scale, *sizes)
+        )
+    alone = [x.detach() for x in (h, C1, C2)]
+    lse, upstream = torch.zeros(10), torch.ones(10)
+    torch.library.opcheck(
+        getattr(torch.ops.kumiki, f"{name}_gradients"), (*alone, y, None, lse, upstream, *sizes)
+    )
+    compiled = torch.compile(tt_linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    grads = [
+        torch.autograd.grad(f(h, C1, C2, y, vocab_size=V, softcap=15.0, block=block), C1)[0]
+        for f in (compiled, tt_linear_cross_entropy)
+    ]
+    assert torch.equal(*grads)
+
+
+def test_second_order_gradients_are_refused():
+    h, C1, C2, y = draw(4)
+    for block in (2, 6):
+        loss = tt_linear_cross_entropy(h, C1, C2, y, vocab_size=V, block=block)
+        with pytest.raises(RuntimeError, match="first-order gradients only"):
+            torch.autograd.grad(loss, h, create_graph=True)
+
+
 def test_wrong_shapes_are_named():
     h, C1, C2, y = draw()
     with pytest.raises(ValueError, match="vocab_size 37"):

@@ -73,7 +73,7 @@ def sweep(
         if G.dtype == dw.dtype:
             dw[:vocab_size].addmm_(G.mT, h[part])
         else:
-            dw[:vocab_size] += _matmul(G.mT, h[part], dw.dtype)
+            dw[:vocab_size] += matmul(G.mT, h[part], dw.dtype)
     return losses, dh, dw
 
 
@@ -83,14 +83,14 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _logits(h: Tensor, w: Tensor, softcap: float) -> tuple[Tensor | None, Tensor]:
     """(tanh(z / c) or None, softcapped logits), both (rows, V) and fp32."""
-    z = _matmul(h, w.mT, _wide(h))
+    z = matmul(h, w.mT, _wide(h))
     if softcap <= 0:
         return None, z
     tanh = z.div_(softcap).tanh_()
     return tanh, tanh * softcap
 
 
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in dtype; half operands keep their fp32 accumulator where the library lets them."""
     if a.dtype == dtype:
         return a @ b

@@ -17,7 +17,7 @@ from torch import Tensor
 from lib.kernels import configs
 from lib.kernels.launch import acc, launch, name_of, wide
 from lib.kernels.linear_cross_entropy.configs import CANDIDATES, TUNED
-from lib.kernels.linear_cross_entropy.reference import _matmul
+from lib.kernels.linear_cross_entropy.reference import matmul
 
 
 @triton.jit
@@ -117,12 +117,12 @@ def sweep(
     total = torch.zeros(weight.shape, dtype=kind, device=h.device) if upstream is not None else None
     for first in range(0, len(h), chunk):
         part = slice(first, first + chunk)
-        z = _matmul(h[part], w.mT, kind)
+        z = matmul(h[part], w.mT, kind)
         up = None if upstream is None else upstream[part].contiguous()
         losses[part], G = rows(z, targets[part].contiguous(), up, softcap, h.dtype)
         if total is not None:
             torch.mm(G, w, out=dh[part])
-            total[:vocab_size] += _matmul(G.mT, h[part], kind)
+            total[:vocab_size] += matmul(G.mT, h[part], kind)
     if total is None:
         return losses, dh, weight.new_empty(0)
     return losses, dh, total.to(weight.dtype)

@@ -1,7 +1,8 @@
 """Cross-entropy of a head held as a tensor train, its table never expanded (kernels.md 5.2).
 
 In:  hidden rows, two cores, targets (-1 = ignored).   Out: the loss; gradients for rows and cores.
-Note: gradients are first order only.
+Note: gradients are first order only. A compiled graph sees opaque operators, so blocks are never
+      unrolled into it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from lib.kernels import decide, load
 from lib.kernels.tt_linear_cross_entropy.reference import (
+    TORCH,
+    Engine,
     Head,
     first_indices,
     gradients,
@@ -47,14 +50,17 @@ def tt_linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         h = h.to(torch.get_autocast_dtype(device))
     rows, flat = h.reshape(-1, h.shape[-1]).contiguous(), targets.reshape(-1)
+    C1, C2 = C1.contiguous(), C2.contiguous()
     size = first_indices(len(rows), rows.shape[1], len(C1), len(C2)) if block == "auto" else block
+    sizes = vocab_size, softcap, size
     scale = None
     if reduction != "none":
         valid = (flat >= 0).to(torch.float64 if h.dtype == torch.float64 else torch.float32)
         scale = valid / valid.sum().clamp(min=1) if reduction == "mean" else valid
-    with torch.autocast(device, enabled=False):
-        each = _Loss.apply(rows, C1, C2, flat, cells, scale, vocab_size, softcap, size)
-    return each.view(targets.shape) if scale is None else each.sum()  # type: ignore[union-attr]
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in (h, C1, C2)):
+            return (_forward(rows, C1, C2, flat, cells, None, *sizes)[0] * scale).sum()
+    each = _forward(rows, C1, C2, flat, cells, scale, *sizes)[0]
+    return each.view(targets.shape) if scale is None else each.sum()
 
 
 def _check(
@@ -73,35 +79,76 @@ def _check(
         raise ValueError(f"cells {tuple(cells.shape)} must name one for each of {V} ids")
 
 
-class _Loss(torch.autograd.Function):
-    """Losses of rows, times scale where it is given (then the caller sums them)."""
+# Named after the module: an exported copy of this file, opened in the same process, is another op.
+@torch.library.custom_op(f"kumiki::{__name__.replace('.', '_')}", mutates_args=())
+def _forward(
+    h: Tensor, C1: Tensor, C2: Tensor, targets: Tensor, cells: Tensor | None, scale: Tensor | None,
+    vocab_size: int, softcap: float, block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses times scale (None: 1), lse; and, where scale is given and one block holds all cells,
 
-    @staticmethod
-    def forward(ctx, h, C1, C2, targets, cells, scale, vocab_size, softcap, block):
-        engine = load(NAME) if decide(NAME, h.device, h.dtype) else None
-        head = Head(C1, C2, cells, vocab_size, h.shape[1])
-        ctx.engine, ctx.sizes = engine, (vocab_size, softcap, block)
-        ctx.whole = scale is not None and block >= len(C1)
-        if ctx.whole:
-            needed = scale if any(ctx.needs_input_grad[:3]) else None
-            compute = engine.whole if engine else whole
-            each, *grads = compute(h, head, targets, needed, softcap=softcap)
-            ctx.save_for_backward(*grads)
+    dh, dC1, dC2 of their sum in the same pass: then lse is empty, else these are.
+    """
+    head, engine = Head(C1, C2, cells, vocab_size, h.shape[1]), _engine(h)
+    with torch.autocast(h.device.type, enabled=False):
+        if scale is not None and block >= len(C1):
+            each, *made = whole(h, head, targets, scale, softcap=softcap, engine=engine)
+            grads = [g.contiguous() for g in made]  # as the fake: a compiled graph believes it
+            lse = each.new_empty(0)
         else:
-            compute = engine.losses if engine else losses
-            each, lse = compute(h, head, targets, softcap=softcap, block=block)
-            ctx.save_for_backward(h, C1, C2, targets, cells, scale, lse)
-        return each if scale is None else each * scale
+            sizes = {"softcap": softcap, "block": block}
+            each, lse = losses(h, head, targets, **sizes, engine=engine)
+            grads = [x.new_empty(0) for x in (h, C1, C2)]
+    return each if scale is None else each * scale, lse, *grads
 
-    @staticmethod
-    def backward(ctx, upstream):
-        if ctx.whole:  # the caller sums the rows, so that upstream is one number
-            grads = (g * upstream[:1].sum().to(g.dtype) for g in ctx.saved_tensors)
-        else:
-            h, C1, C2, targets, cells, scale, lse = ctx.saved_tensors
-            vocab_size, softcap, block = ctx.sizes
-            head = Head(C1, C2, cells, vocab_size, h.shape[1])
-            upstream = upstream if scale is None else upstream * scale
-            compute = ctx.engine.gradients if ctx.engine else gradients
-            grads = compute(h, head, targets, lse, upstream, softcap=softcap, block=block)
-        return *grads, None, None, None, None, None, None
+
+@torch.library.custom_op(f"kumiki::{__name__.replace('.', '_')}_gradients", mutates_args=())
+def _gradients(
+    h: Tensor, C1: Tensor, C2: Tensor, targets: Tensor, cells: Tensor | None, lse: Tensor,
+    upstream: Tensor, vocab_size: int, softcap: float, block: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dh, dC1, dC2 of sum(upstream losses), block by block."""
+    head, sizes = Head(C1, C2, cells, vocab_size, h.shape[1]), {"softcap": softcap, "block": block}
+    with torch.autocast(h.device.type, enabled=False):
+        return gradients(h, head, targets, lse, upstream, **sizes, engine=_engine(h))
+
+
+def _engine(h: Tensor) -> Engine:
+    return load(NAME).ENGINE if decide(NAME, h.device, h.dtype) else TORCH
+
+
+@_forward.register_fake
+def _(h, C1, C2, targets, cells, scale, vocab_size, softcap, block):
+    each = h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32))
+    if scale is not None and block >= len(C1):
+        return each, each.new_empty(0), *(torch.empty_like(x) for x in (h, C1, C2))
+    return each, torch.empty_like(each), *(x.new_empty(0) for x in (h, C1, C2))
+
+
+@_gradients.register_fake
+def _(h, C1, C2, targets, cells, lse, upstream, vocab_size, softcap, block):
+    return tuple(torch.empty_like(x) for x in (h, C1, C2))
+
+
+def _save(ctx, inputs, output) -> None:
+    h, C1, C2, targets, cells, scale, *ctx.sizes = inputs
+    ctx.made = scale is not None and ctx.sizes[2] >= len(C1)
+    if ctx.made:
+        ctx.save_for_backward(*output[2:])
+    else:
+        ctx.save_for_backward(h, C1, C2, targets, cells, output[1], scale)
+
+
+def _backward(ctx, upstream, *_unused):
+    if torch.is_grad_enabled():
+        raise RuntimeError("tt_linear_cross_entropy has first-order gradients only")
+    if ctx.made:  # the caller sums the rows, so that upstream is one number
+        grads = (grad * upstream[:1].sum().to(grad.dtype) for grad in ctx.saved_tensors)
+    else:
+        *inputs, scale = ctx.saved_tensors
+        upstream = upstream.contiguous() if scale is None else upstream * scale
+        grads = _gradients(*inputs, upstream, *ctx.sizes)
+    return *grads, None, None, None, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
