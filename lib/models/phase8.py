@@ -11,10 +11,8 @@ D_v = d / H, F d_ff.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +20,11 @@ from torch.nn import functional as F
 
 from lib.core.refusal import refuse
 from lib.kernels.gla import gla
-from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights, require_same
+from lib.models._phase7_tied import State, Tied
 from lib.nn.conv import CausalConv
 from lib.nn.linear import Linear
 from lib.nn.norm import RmsNorm
 from lib.nn.swiglu import SwiGlu
-from lib.nn.tt import Dense, TensorTrain, tied_table
 
 CHUNK = 64  # steps that the operator takes at once, for the count of FLOPs
 CONV = 4  # inputs that q, k and v see
@@ -69,13 +66,6 @@ class LayerState(NamedTuple):
     k: Tensor
     v: Tensor
     S: Tensor
-
-
-class State(NamedTuple):
-    """Rows so far: their length, and what each layer keeps; its size is constant."""
-
-    position: int
-    layers: tuple[LayerState, ...]
 
 
 class Mixer(nn.Module):
@@ -145,19 +135,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), kept
 
 
-class Model(Family):
+class Model(Tied):
     """Tensor train -> L blocks -> norm -> the same tensor train."""
 
-    compiled = ("hidden",)
-
     def __init__(self, config: Config, vocab_size: int) -> None:
-        super().__init__()
-        self.config, self.vocab_size = config, vocab_size
-        self.max_context = None if config.beyond_context else config.context
-        self.table = tied_table(
-            config.embedding, vocab_size, config.width, config.tt_rank, config.tt_order,
-            config.tt_phase,
-        )  # fmt: skip
+        super().__init__(config, vocab_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RmsNorm(config.width)
 
@@ -165,121 +147,26 @@ class Model(Family):
         self, tokens: Tensor, state: State | None = None
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         """tokens (B, n) -> the final normed x (B, n, d), and what each layer keeps."""
-        start, n, T = state.position if state else 0, tokens.shape[1], self.max_context
-        if T is not None and start + n > T:
-            raise ValueError(f"{start + n} positions, the context is {T}: set beyond_context: true")
-        x, kept = self.table(tokens), []
+        x, _ = self.begin(tokens, state)
+        kept = []
         for i, block in enumerate(self.blocks):
             x, layer = self.run_block(block, x, state.layers[i] if state else None)
             kept.append(layer)
         return self.norm(x), tuple(kept)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, n) int64 -> logits (B, n, V) fp32, and the state that continues the rows."""
-        x, layers = self.hidden(tokens, state)
-        start = state.position if state else 0
-        return self.table.logits(x), State(start + tokens.shape[1], layers)
-
-    def logits_at(
-        self, tokens: Tensor, where: Tensor, state: State | None = None, keep: bool = True
-    ) -> tuple[Tensor, State]:
-        """Logits (N, V) of the marked positions (B, n) alone, and the state."""
-        x, layers = self.hidden(tokens, state)
-        start = state.position if state else 0
-        return self.table.logits(x[where]), State(start + tokens.shape[1], layers)
-
-    def losses(self, batch: Batch) -> Iterator[Tensor]:
-        """One loss: mean cross-entropy of the batch's targets."""
-        yield self.table.loss(self.hidden(batch.tokens)[0], batch.targets)
-
-    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy by position (B, T), without the logits of all positions."""
-        return self.table.loss(self.hidden(tokens)[0], targets, "none")
-
-    @torch.no_grad()
-    def exported(self, config: Config) -> tuple[Config, Family]:
-        """Without phases: equal logits."""
-        if not config.tt_phase or not isinstance(self.table, TensorTrain):
-            return config, self
-        config, state = replace(config, tt_phase=False), self.state_dict()
-        state["table.C1"], _ = self.table.cores()
-        del state["table.theta"]
-        with torch.device("meta"):
-            model = Model(config, self.vocab_size)
-        model.to_empty(device="cpu")
-        model.load_state_dict(state)
-        return config, model.eval()
-
-    # ------------------------------------------------------------ weights
-
-    def take_weights(self, config: Config, read: ReadWeights) -> None:
-        """Those of a model with the same settings."""
-        require_same(asdict(self.config), asdict(config))
-        super().take_weights(config, read)
-
-    def init_buffers(self) -> None:
-        """The order of ids."""
-        if isinstance(self.table, TensorTrain):
-            self.table.init_buffers()
-
-    def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
-        """phase7.md 7.6: inputs N(0, 1/fan-in), outputs a factor 1/sqrt(2L) smaller."""
-        kind = name.removesuffix(".weight").split(".")[-1]
-        if name.startswith("table."):
-            return self.table.initial(kind, shape, draw)
+    def first_value(self, kind: str, shape: torch.Size) -> Tensor | None:
+        """phase7.md 7.6."""
         match kind:
-            case "norm1" | "norm2" | "norm":
-                return torch.ones(shape)
             case "rate":  # exp(A_h) evenly over [1, 16]
                 return torch.linspace(1, 16, shape[0]).log()
             case "step_bias":  # softplus(b_h) evenly in its logarithm over [1e-3, 0.1]
                 steps = torch.logspace(-3, -1, shape[0], dtype=torch.float64)
                 return torch.log(torch.expm1(steps)).float()
-        std = 1 / math.sqrt(shape[-1])
-        if kind in ("o", "down"):
-            std /= math.sqrt(2 * self.config.depth)
-        return torch.empty(shape).normal_(0, std, generator=draw)
-
-    # ------------------------------------------------------------ optimisation and accounts
-
-    def defaults(self) -> Defaults:
-        """Cosine to the run's `final_lr`, norm clipped at 1, 16 rows of the largest preset."""
-        return Defaults(schedule="cosine", grad_clip=1.0, batch_tokens=16_384)
-
-    def param_groups(self, optim: Optim) -> list[Group]:
-        """Matrices with decay, the tied table at its own rate, the rest without decay."""
-        members: dict[str, dict[str, nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            members.setdefault(_group_of(name, parameter), {})[name] = parameter
-        common = {"betas": optim.betas, "eps": optim.eps}
-        factor = 1.0 if isinstance(self.table, Dense) else self.config.tt_lr
-        settings: dict[str, dict[str, Any]] = {
-            "matrices": {
-                "lr": optim.lr, "rule": optim.optimizer, "weight_decay": optim.weight_decay,
-            },
-            "table": {"lr": optim.lr * factor},
-            "rest": {"lr": optim.lr},
-        }  # fmt: skip
-        # The log shows the first group's rate: the matrices', which is the run's own `lr`.
-        return [
-            Group(name=n, params=members[n], **common, **settings[n])
-            for n in settings
-            if n in members
-        ]
+        return None
 
     def flops_per_token(self, T: int) -> int:
         """6 (block matrices + V d), thrice the operator's 2 C (D_k + D_v) + 4 D_k D_v a head."""
-        named = self.named_parameters()
-        matrices = sum(p.numel() for n, p in named if _group_of(n, p) == "matrices")
         c, keys, values = self.config, self.config.key_width, self.config.width // self.config.heads
         operator = 2 * min(CHUNK, T) * (keys + values) + 4 * keys * values
         mixers = 3 * c.depth * c.heads * operator
-        return 6 * (matrices + self.vocab_size * c.width) + mixers
-
-
-def _group_of(name: str, parameter: Tensor) -> str:
-    """The optimizer's group of a parameter."""
-    if name.startswith("table."):
-        return "table"
-    is_conv = ".conv_" in name
-    return "matrices" if parameter.ndim == 2 and not is_conv else "rest"
+        return 6 * (self.matrix_weights() + self.vocab_size * c.width) + mixers

@@ -1,7 +1,8 @@
-"""Geometry of hyperbolic attention beside the operator: bound, temperature, centroid, curvature.
+"""Hyperbolic attention around its operator: the layer, bound, temperature, centroid, curvature.
 
 Points are held by their space part x (..., D); the time sqrt(1 / c + |x|^2) follows from it
-(phase7.md 3.6, 3.7). All functions are pure; statistics in fp32, or fp64.
+(phase7.md 3.6, 3.7). All functions are pure; statistics in fp32, or fp64. Letters: B batch, n
+positions, d width, H heads, D = d / H, W window.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lib.kernels.lorentz_attention import lorentz_attention
 from lib.kernels.lorentz_attention.reference import visible
+from lib.nn.attention import causal_attention
+from lib.nn.linear import Linear
+from lib.nn.rope import Tables, rotate
 
 Kind = Literal["linear", "cosine", "constant"]
+Geometry = Literal["lorentz", "euclid", "dot"]
+Values = Literal["euclid", "centroid"]  # mean of values, or their centroid
 
 
 def bound_factor(head_dim: int, r_max: float, c_max: float) -> float:
@@ -60,6 +67,49 @@ def centroid(mean: Tensor, c: Tensor) -> Tensor:
     c = c[:, None, None]
     length = (m0.square() - m.square().sum(-1, keepdim=True)).clamp(min=1 / c)
     return m / torch.sqrt(c * length)
+
+
+class LorentzAttention(nn.Module):
+    """Softmax of minus beta times a squared distance within the window (phase7.md 3.6)."""
+
+    def __init__(
+        self, width: int, heads: int, window: int, *, kappa: float,
+        geometry: Geometry = "lorentz", values: Values = "euclid",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.window, self.kappa = heads, window, kappa
+        self.geometry, self.centroid = geometry, values == "centroid"
+        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
+
+    def points(self, n: Tensor, rope: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, bounded and rotated, and v: (B, H, n, D) each, rounded to the compute dtype."""
+        q, k, v = (
+            f(n).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        # A rotation of the space part fixes the origin: norms and times stay.
+        q, k = (rotate(bound(x, self.kappa), rope).to(x.dtype) for x in (q, k))
+        return q, k, v
+
+    def forward(
+        self, n: Tensor, rope: Tables, c: Tensor | None, beta: Tensor,
+        past: tuple[Tensor, Tensor] | None, engine: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """normed n (B, n, d) -> output, and the keys and values that the next call may see."""
+        q, k, v = self.points(n, rope)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        seen = v
+        if self.geometry == "dot":  # s = 2 beta q.k
+            q = (q * (2 * beta[:, None, None])).to(k.dtype)
+            out = causal_attention(q, k, v, window=self.window - 1, scale=1.0, engine=engine)
+        else:
+            if self.centroid:
+                assert c is not None
+                seen = lift(v if v.dtype == torch.float64 else v.float(), c)
+            out = lorentz_attention(q, k, seen, c, beta, self.window)
+            out = centroid(out, c).to(v.dtype) if self.centroid and c is not None else out
+        first = max(0, k.shape[2] - self.window + 1)
+        return self.o(out.transpose(1, 2).flatten(2)), k[:, :, first:], v[:, :, first:]
 
 
 def facts(q: Tensor, k: Tensor, c: Tensor, beta: Tensor, window: int) -> dict[str, float]:

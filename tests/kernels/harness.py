@@ -109,27 +109,34 @@ def case_of(op: str, dtype: torch.dtype, sizes: Mapping[str, Any] | None = None)
     return operator.make(Draw(DEVICE, dtype), **(sizes or small))
 
 
-def vanishing(op: str, sizes: Mapping[str, Any]) -> set[str]:
-    """Gradients that are 0 but for rounding: one visible key has probability 1 whatever it is,
+# RMS in fp32 of what is 0 but for rounding. Seen: q, k 5e-8, x 2e-8; c 4e-6 and beta 7e-5 are sums
+# over 127 rows of such a rounding times a squared distance.
+VANISHING = {"q": 1e-7, "k": 1e-7, "x": 1e-7, "c": 1e-5, "beta": 1e-4}
 
-    and the sign of a number does not change with it.
+
+def vanishing(op: str, sizes: Mapping[str, Any]) -> dict[str, float]:
+    """Gradients that are 0 but for rounding, and their bound: one visible key has probability 1
+
+    whatever it is, and the sign of a number does not change with it.
     """
     if op == "lorentz_attention" and min(sizes["window"], sizes["T"]) == 1:
-        return {"q", "k", "c", "beta"}
-    return {"x"} if op == "rms_norm" and sizes["d"] == 1 else set()
+        return {name: VANISHING[name] for name in ("q", "k", "c", "beta")}
+    return {"x": VANISHING["x"]} if op == "rms_norm" and sizes["d"] == 1 else {}
 
 
-def assert_right(op: str, case: Case, dtype: torch.dtype, vanish: set[str] | None = None) -> None:
+def assert_right(
+    op: str, case: Case, dtype: torch.dtype, vanish: Mapping[str, float] | None = None
+) -> None:
     """Every result within its tolerance, in guarded, poisoned memory.
 
-    vanish: results that only must be small, seen 4e-5 at most in fp32, bound 1e-4.
+    vanish: results that must be small by themselves, relative to nothing, with their bound.
     """
     operator = kernels.operator(op)
     with guarded(op):
         ratios = compare(operator, inside_nan(case), dtype)
-    for name in vanish or ():
+    for name, bound in (vanish or {}).items():
         absolute = ratios.pop(name) * operator.tolerance(name, dtype) * 1e-6
-        assert absolute < 1e-4, f"{name} should vanish, is {absolute:.1e}"
+        assert absolute < bound, f"{name} should vanish, is {absolute:.1e}"
     wrong = {name: f"{ratio:.2g} x tolerance" for name, ratio in ratios.items() if not ratio <= 1}
     assert not wrong, wrong
 

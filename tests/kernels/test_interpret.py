@@ -110,8 +110,9 @@ def test_coincident_points_have_finite_gradients():
 def test_no_decay_and_total_decay(op, value):
     case = case_of(op, F32, SHAPES[op][4])
     log_a = torch.full_like(case.tensors["log_a"], value).requires_grad_()
-    # Where nothing is kept, what an earlier decay would have changed is exp(-80).
-    vanish = {"log_a"} if value else set()
+    # Where nothing is kept, what an earlier decay would have changed is exp(-80): seen 6e-43 in the
+    # scan; gla takes it as a difference of two equal sums, seen 4e-6.
+    vanish = {"log_a": {"scan": 1e-30, "gla": 1e-5}[op]} if value else {}
     assert_right(op, replace(case, tensors={**case.tensors, "log_a": log_a}), F32, vanish)
 
 
