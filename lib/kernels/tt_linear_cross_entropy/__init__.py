@@ -92,14 +92,14 @@ def _forward(
     head, engine = Head(C1, C2, cells, vocab_size, h.shape[1]), _engine(h)
     with torch.autocast(h.device.type, enabled=False):
         if scale is not None and block >= len(C1):
-            each, *made = whole(h, head, targets, scale, softcap=softcap, engine=engine)
-            grads = [g.contiguous() for g in made]  # as the fake: a compiled graph believes it
+            each, dh, dC1, dC2 = whole(h, head, targets, scale, softcap=softcap, engine=engine)
+            dC1, dC2 = dC1.contiguous(), dC2.contiguous()  # as the fake: a compiled graph's belief
             lse = each.new_empty(0)
         else:
             sizes = {"softcap": softcap, "block": block}
             each, lse = losses(h, head, targets, **sizes, engine=engine)
-            grads = [x.new_empty(0) for x in (h, C1, C2)]
-    return each if scale is None else each * scale, lse, *grads
+            dh, dC1, dC2 = (x.new_empty(0) for x in (h, C1, C2))
+    return each if scale is None else each * scale, lse, dh, dC1, dC2
 
 
 @torch.library.custom_op(f"kumiki::{__name__.replace('.', '_')}_gradients", mutates_args=())

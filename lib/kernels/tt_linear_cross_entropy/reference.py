@@ -193,7 +193,8 @@ def whole(
     v1, V = head.C1.shape[0], head.vocab_size
     table = head.rows(0, v1, torch.promote_types(h.dtype, head.C1.dtype))
     used = slice(V) if head.cells is None else head.cells
-    sizes = {"vocab_size": V, "softcap": softcap, "chunk": chunk_rows(*h.shape, V, h.device.type)}
+    chunk = chunk_rows(len(h), h.shape[1], V, h.device.type)
+    sizes = {"vocab_size": V, "softcap": softcap, "chunk": chunk}
     each, dh, dw = engine.sweep(h, table[used], targets, upstream, **sizes)
     dE = torch.zeros_like(table)
     dE[used] = dw
