@@ -63,6 +63,25 @@ def test_links_and_files_exist(page):
         assert (ROOT / name).is_file(), name
 
 
+def test_every_promise_names_a_test_that_exists():
+    named = [
+        re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / p).read_text("utf-8")) for p in PAGES
+    ]
+    assert named[0] == named[1] and len(named[0]) > 7
+    for path, name in named[0]:
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
+def test_the_stated_time_is_the_measured_one():
+    """One number, in three places that must agree: both pages and the measured figures."""
+    pages = [ROOT / name for name in (*PAGES, "docs/benchmarks.md")]
+    forms = (r"it takes (.*?) minutes", r"(\S+) 分かかります", r"`make repro` takes (.*?) minutes")
+    texts = [" ".join(page.read_text(encoding="utf-8").split()) for page in pages]
+    told = [re.search(f, text) for f, text in zip(forms, texts, strict=True)]
+    numbers = [re.findall(r"[\d.]+", found[1]) for found in told if found]
+    assert len(numbers) == 3 and numbers[0] == numbers[1] == numbers[2], numbers
+
+
 def test_the_settings_for_own_data_load(tmp_path):
     """The block is laid over the shipped file, as a user would paste it."""
     block, family = blocks("README.md", "yaml")

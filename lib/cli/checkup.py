@@ -203,7 +203,7 @@ def scratch_rows() -> Iterator[Row]:
         base = base.parent if base.parent != base else Path()
     free, kind, mount = files.free_bytes(place), *file_system(base)
     good = os.access(base, os.W_OK)
-    remedy = f"sudo chown $USER {base}" if not good else "set KUMIKI_SCRATCH to a larger disk"
+    remedy = "set KUMIKI_SCRATCH to a folder on a large disk that you may write to"
     found = f"{amounts.size(free)} free, {kind or 'unknown file system'} at {mount}"
     state: State = "fail" if not good or kind in ("tmpfs", "ramfs") else "ok"
     yield Row("scratch", state, found, "writable, on a disk", remedy)

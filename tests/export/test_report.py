@@ -142,6 +142,8 @@ def test_the_command_prints_the_board_and_says_what_is_older(
     Manifest(kind="model", recipe={"run": "new"}).write(
         copy / "checkpoints/gpt/final/manifest.json"
     )
+    assert cli.main(["report", "--out", str(copy)]) == 2, "a folder or a device is not replaced"
+    capsys.readouterr()
     assert cli.main(["report", "--json"]) == 0
     assert "numbers of gpt are older than its model" in capsys.readouterr().err
 

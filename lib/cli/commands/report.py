@@ -10,7 +10,7 @@ from typing import Any
 from lib.cli import tables
 from lib.cli.console import note
 from lib.core import files, params
-from lib.core.errors import relative
+from lib.core.errors import UserError, relative
 from lib.export import amounts
 from lib.export.report.gather import DECIDED, Found, FoundRun, against, gather
 from lib.export.report.page import render
@@ -22,6 +22,8 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     """Print the leaderboard, write the page, say what is older than its model."""
     found = gather(Path(), params.load(), measured=True)
     out = arguments.out or Path("report.html")
+    if out.exists() and not out.is_file():  # a device would be replaced by the page
+        raise UserError("not a file", value=out, remedy="name the file that the page shall be")
     files.write_bytes(out, render(found).encode())
     stale = [one.name for one in found.runs if is_older(one)]
     if arguments.json:
