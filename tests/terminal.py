@@ -25,7 +25,7 @@ def drive(
     words: Sequence[str], folder: Path, *, until: str = "", keys: bytes = b"", limit_s: float = 120,
     **environment: str,
 ) -> tuple[int, str]:  # fmt: skip
-    """(exit code, all that the terminal got); `keys` are pressed once the text `until` is there."""
+    """(exit code, all that the terminal got); `keys` are pressed once a line with `until` is there."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", **environment}
@@ -43,7 +43,7 @@ def drive(
                 if not read:
                     break
                 text += read
-            if keys and until in text.decode(errors="replace"):
+            if keys and until in text.rpartition(b"\n")[0].decode(errors="replace"):
                 os.write(ours, keys)
                 keys = b""
     code = process.wait(limit_s)
