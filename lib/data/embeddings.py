@@ -386,8 +386,9 @@ class Embeddings:
 
 
 def _blocks(folder: Path, manifest: Manifest) -> Frozen | None:
-    if not manifest.counts.get("hidden"):
+    about: Any = manifest.counts.get("hidden")
+    if about is None:
         return None
     from safetensors.torch import load_file
 
-    return About(**manifest.counts.get("hidden")).build(load_file(folder / BLOCKS))
+    return About(**about).build(load_file(folder / BLOCKS))

@@ -51,13 +51,15 @@ class Jacobi(Solver):
         if k > 1 and stop is not None and self._share(disk, k - 1) >= stop:
             return
         pace = self.pace = self.pace or self._start_pace()
-        pace.begin(disk, k, j)
-        if k == 0:
-            write_first_sweep(self.model, disk, j, pace.advance)
-        for loss in self._sweep(disk, k, j, batch.step, pace) if k else ():
-            yield loss
-            pace.advance(self.model.config.micro_tokens, 1 - 1 / pace.learning)
-        pace.end(disk, k, j)
+        learning = 1 / pace.learning  # share of pass 1
+        with pace.chunk(disk, k, j) as advance:
+            if k == 0:
+                write_first_sweep(self.model, disk, j, lambda tokens: advance(tokens, 1.0))
+                return
+            seen = lambda tokens: advance(tokens, learning)  # noqa: E731
+            for loss in self._sweep(disk, k, j, batch.step, seen):
+                yield loss
+                advance(self.model.config.micro_tokens, 1 - learning)
 
     def _start_pace(self) -> Pace:
         learning = KEPT if self._keeps(self.stream_rows) else TWICE
@@ -77,10 +79,10 @@ class Jacobi(Solver):
         sizes = [stop - start for start, stop in ends]
         return sum(x["converged"] * n for x, n in zip(lines, sizes, strict=True)) / sum(sizes)  # type: ignore[index]
 
-    def _sweep(self, disk: Sweeps, k: int, j: int, step: int, pace: Pace) -> Iterator[Tensor]:
+    def _sweep(self, disk: Sweeps, k: int, j: int, step: int, advance: Any) -> Iterator[Tensor]:
         chunk = Chunk(self.model, disk, k, j, step, self._noise)
         objective = Objective(self.model, step, chunk.stop - chunk.start, chunk.pairs)
-        record = Record(chunk, lambda tokens: pace.advance(tokens, 1 / pace.learning))
+        record = Record(chunk, advance)
 
         def commit() -> None:
             record.commit(objective.numbers)

@@ -6,14 +6,14 @@ are of that one, so the first estimates hold for the sweeps to come.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import resource
-import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from lib.core import files
+from lib.core.progress import progress
 from lib.nn.sweeps import Sweeps
 
 KEPT, TWICE = 20.1 / 7.1, 27.2 / 7.1  # FLOPs of a learning token over sweep 0's (cvfp.md 15.2)
@@ -27,40 +27,39 @@ class Pace:
         """learning: passes of a learning sweep, KEPT or TWICE."""
         self._sweeps, self.learning = sweeps, learning
         self._rate: float | None = None  # passes a second
-        self._bar: Any = None
         self.numbers: dict[str, float] = {}  # of the last chunk
 
-    def begin(self, disk: Sweeps, sweep: int, chunk: int) -> None:
-        """A chunk is taken up."""
+    @contextlib.contextmanager
+    def chunk(
+        self, disk: Sweeps, sweep: int, chunk: int
+    ) -> Iterator[Callable[[float, float], None]]:
+        """Around the work on one chunk; yields advance(tokens, share of their work)."""
         start, stop = disk.span(chunk)
-        self._tokens, self._work = stop - start, (stop - start) * self._passes(sweep)
-        self._since, self._moved = time.monotonic(), disk.moved_bytes()
-        if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
-            from tqdm import tqdm
+        left, began, moved = float(stop - start), time.monotonic(), disk.moved_bytes()
+        title = f"sweep {sweep}, chunk {chunk + 1} of {disk.chunks}"
+        with progress(stop - start, "tokens", title) as tell:
 
-            name = f"sweep {sweep} chunk {chunk + 1}/{disk.chunks}"
-            self._bar = tqdm(total=self._tokens, desc=name, unit="tok", unit_scale=True,
-                             leave=False, mininterval=1, position=1)  # fmt: skip
+            def advance(tokens: float, share: float) -> None:
+                nonlocal left
+                done = min(left, tokens * share)
+                left -= done
+                tell(done)
 
-    def advance(self, tokens: int, share: float = 1.0) -> None:
-        """tokens have passed, for this share of their work."""
-        if self._bar is not None:
-            self._bar.update(min(tokens * share, self._bar.total - self._bar.n))
+            yield advance
+        self._measure(disk, sweep, chunk, max(1e-9, time.monotonic() - began), moved)
 
-    def end(self, disk: Sweeps, sweep: int, chunk: int) -> None:
-        """The chunk is finished."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        seconds = max(1e-9, time.monotonic() - self._since)
-        rate, old = self._work / seconds, self._rate
+    def _measure(
+        self, disk: Sweeps, sweep: int, chunk: int, seconds: float, moved: tuple[int, int]
+    ) -> None:
+        start, stop = disk.span(chunk)
+        rate, old = (stop - start) * self._passes(sweep) / seconds, self._rate
         self._rate = rate if old is None else SMOOTH * rate + (1 - SMOOTH) * old
         whole = disk.tokens * self._passes(sweep)
-        here = (disk.tokens - disk.span(chunk)[1]) * self._passes(sweep)
+        here = (disk.tokens - stop) * self._passes(sweep)
         after = max(0, self._sweeps - 1 - sweep) * disk.tokens * self.learning
-        read, written = (new - o for new, o in zip(disk.moved_bytes(), self._moved, strict=True))
+        read, written = (new - o for new, o in zip(disk.moved_bytes(), moved, strict=True))
         self.numbers = {
-            "chunk_tokens_per_s": self._tokens / seconds, "read_bytes_per_s": read / seconds,
+            "chunk_tokens_per_s": (stop - start) / seconds, "read_bytes_per_s": read / seconds,
             "written_bytes_per_s": written / seconds, "chunk_s": seconds,
             "sweep_s": whole / self._rate, "left_s": (here + after) / self._rate,
         }  # fmt: skip

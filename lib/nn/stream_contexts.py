@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lib.core import artifact, files
 from lib.core.errors import UserError
+from lib.core.progress import progress
 from lib.nn.first_sweep import write_first_sweep
 from lib.nn.objective import Learner
 from lib.nn.solver import Solver
@@ -73,8 +74,10 @@ class StreamContexts(Solver):
         if done:  # compared with its crc32
             for _ in disk.read(0, done[-1], config.micro_tokens):
                 pass
-        for j in range(len(done), disk.chunks):
-            write_first_sweep(self._model, disk, j)
+        left = disk.tokens - len(done) * disk.chunk_tokens
+        with progress(left, "tokens", "contexts of the stream") as advance:
+            for j in range(len(done), disk.chunks):
+                write_first_sweep(self._model, disk, j, advance)
         self._disk = disk
         return disk
 
@@ -83,7 +86,8 @@ class StreamContexts(Solver):
         for name, tensor in sorted(self._model.state_dict().items()):
             if name.startswith(("context_block", "embedding")):
                 found.update(name.encode())
-                found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+                found.update(memoryview(data))  # type: ignore[arg-type]  # a buffer
         c, source = self._model.config, self._model.source
         assert source is not None
         return artifact.key_of("contexts", {

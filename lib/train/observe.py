@@ -51,8 +51,8 @@ def perplexity(loss: float) -> float:
 class Speaks(Protocol):
     """What a family may add to a log step (lib.models.base)."""
 
-    predicts: bool  # its loss is cross-entropy in nats
-
+    @property
+    def predicts(self) -> bool: ...  # noqa: D102  its loss is cross-entropy in nats
     def log_scalars(self) -> dict[str, float]: ...  # noqa: D102
     def progress(self) -> str | None: ...  # noqa: D102
 

@@ -310,7 +310,7 @@ def test_what_is_left_is_told_in_passes_over_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path))
     model = small(tmp_path)
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(pace.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     run_steps(model, range(1))
     n = model.log_scalars()
     assert n["chunk_s"] == 10 and n["sweep_s"] == 40
