@@ -28,8 +28,9 @@ from lib.core.run_settings import Runtime, Train
 from lib.eval.depth import ExitScorer, exit_bpb
 from lib.eval.scorer import Rules
 from lib.models import trm
+from lib.models._recursion import inference_flops
 from lib.models.base import build
-from lib.models.trm import Config, inference_flops
+from lib.models.trm import Config
 from lib.train import trainer
 from lib.train.inputs import Data
 from lib.train.job import Job
@@ -41,6 +42,7 @@ TWINS: dict[str, dict[str, Any]] = {
     "looped": {"variant": "looped", "match": "trm"},
 }
 LADDER = (1, 2, 3, 4, 6, 8)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the matrix products
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3], help="a grid: all are shown")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", nargs="*", default=list(TWINS))
     parser.add_argument("--ladder", action="store_true", help="also the plain models by depth")
@@ -105,7 +108,7 @@ def train_one(
         job = Job(
             run=name, settings=settings, runtime=Runtime(device="cpu", threads=1, log_every=50),
             seed=seed, model=model, rows=data.rows, context=context, device=device,
-            dtype=torch.float32, work=Path(work), identity={}, log=print, warn=print,
+            dtype=DTYPES[arguments.precision], work=Path(work), identity={}, log=print, warn=print,
             stop=cast(Any, SimpleNamespace(asked=False)),
         )  # fmt: skip
         outcome = trainer.train(job)

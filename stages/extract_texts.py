@@ -2,14 +2,17 @@
 
 In:  data/shards.manifest.json (bytes in scratch, verified or brought again).
 Out: data/documents/<recipe>/ for every recipe of params.yaml (data.md 6).
+Also: `--txt data/<recipe>.txt` writes that recipe's training text, one document a line.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lib.core import artifact, files, stage
 from lib.core.artifact import Manifest
+from lib.core.errors import UserError
 from lib.core.stage import Run, Stage
 
 STAGE = Stage(
@@ -18,6 +21,7 @@ STAGE = Stage(
     sections=("seed", "download_shards", "extract_texts"),  # sources: where local shards lie
     inputs={"shards": "data/shards.manifest.json"},
     out="data/documents",
+    wishes={"txt": "also write <recipe>.txt: its training text, one document a line"},
     tasks=True,
 )
 
@@ -69,5 +73,20 @@ def body(run: Run) -> None:
     run.summary = f"{taken:,} documents in, {kept:,} kept, {taken - kept:,} dropped"
 
 
+def after(run: Run) -> None:
+    """`--txt FILE`: the recipe is the file's name without its suffix."""
+    from lib.data.documents import write_lines
+
+    if run.wishes["txt"] is None or run.task is not None:
+        return
+    path = Path(run.wishes["txt"])
+    recipes = run.settings.extract_texts.recipes
+    if path.stem not in recipes:
+        remedy = f"name the file after its recipe: {', '.join(f'{name}.txt' for name in recipes)}"
+        raise UserError("no such recipe", value=f"--txt {path}", remedy=remedy)
+    count = write_lines(run.out / path.stem, path)
+    run.log(f"{path}: {count:,} lines, line ends within a document are spaces")
+
+
 if __name__ == "__main__":
-    raise SystemExit(stage.main(STAGE, body, identity))
+    raise SystemExit(stage.main(STAGE, body, identity, after=after))

@@ -23,6 +23,7 @@ class Stage:
     sections: tuple[str, ...]  # parameters it may read, as dvc.yaml tracks them
     inputs: dict[str, str] = field(default_factory=dict)  # option -> default path
     extras: tuple[str, ...] = ()  # options of inputs that only some runs have
+    wishes: dict[str, str] = field(default_factory=dict)  # option -> help; changes no result
     out: str  # default path of the output
     beside: dict[str, str] = field(default_factory=dict)  # option -> folder that gets single files
     item: str | None = None  # "name" or "run": the option that picks the foreach item
@@ -52,6 +53,8 @@ def parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=stage.out.replace("{name}", name or ""))
     for option, default in stage.beside.items():
         parser.add_argument(f"--{option}", default=default.replace("{name}", name or ""))
+    for option, meaning in stage.wishes.items():
+        parser.add_argument(f"--{option}", help=meaning)
     if stage.tasks:
         parser.add_argument("--task", type=int, help="do the units of this task only, from 0")
         parser.add_argument("--of", type=int, help="how many tasks there are: n_tasks")

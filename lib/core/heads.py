@@ -1,8 +1,9 @@
 """`Config` of a family file without running the file: sections are typed before torch is imported.
 
 In:    lib/models/<family>.py. Out: its class `Config`, from the file's head alone.
-Rule:  the head, down to the end of `Config`, needs the standard library and lib.core only; other
-       imports are left out, as is all that follows but plain functions, which `Config` may call.
+Rule:  the head, down to the end of `Config`, needs the standard library, lib.core and modules like
+       lib/models/_<name>.py (no family, no torch) only; other imports are left out, as is all that
+       follows but plain functions, which `Config` may call.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class _HeadLoader(SourceFileLoader):
 
 
 def _is_ours_to_import(node: ast.stmt) -> bool:
-    """Anything but an import, and imports of the standard library and lib.core."""
+    """Anything but an import, and imports of what the head may need."""
     if isinstance(node, ast.ImportFrom):
         names = [node.module or ""]
     elif isinstance(node, ast.Import):
@@ -67,7 +68,8 @@ def _is_ours_to_import(node: ast.stmt) -> bool:
     else:
         return True
     return all(
-        name.split(".")[0] in sys.stdlib_module_names or name.startswith("lib.core")
+        name.split(".")[0] in sys.stdlib_module_names
+        or name.startswith(("lib.core", "lib.models._"))
         for name in names
     )
 

@@ -72,6 +72,7 @@ class Run:
         given = {option: getattr(arguments, option) for option in (*stage.inputs, *stage.extras)}
         self.inputs = {option: Path(path) for option, path in given.items() if path is not None}
         self.out = Path(arguments.out)
+        self.wishes = {option: getattr(arguments, option) for option in stage.wishes}
         self.beside = {option: Path(getattr(arguments, option)) for option in stage.beside}
         self.title = f"{stage.name}@{self.name}" if self.name else stage.name
         self.stop = StopRequest(
@@ -178,6 +179,7 @@ def main(
     *,
     check: Callable[[Run], bool] = lambda run: True,
     modules: Callable[[Run], Sequence[str]] = lambda run: (),
+    after: Callable[[Run], None] = lambda run: None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run `body` as the stage; returns the exit code.
@@ -186,9 +188,10 @@ def main(
     modules: what the stage loads by name, such as its family, for the code hash. identity: all
     that decides the bytes (resolved parameters, hashes of inputs), hashed to the
     fingerprint. check: whether what the result names beside itself (scratch) is still right; when
-    it is not, the body runs again.
+    it is not, the body runs again. after: what a user asked for besides (`wishes`), done each time
+    that the result is there, also where nothing was to do.
     """
-    code = _guarded(stage, body, identity, check, modules, argv)
+    code = _guarded(stage, body, identity, check, modules, after, argv)
     ranks.leave_code(code)
     return code
 
@@ -199,6 +202,7 @@ def _guarded(
     identity: Callable[[Run], dict[str, Any]],
     check: Callable[[Run], bool],
     modules: Callable[[Run], Sequence[str]],
+    after: Callable[[Run], None],
     argv: Sequence[str] | None,
 ) -> int:
     try:
@@ -218,6 +222,7 @@ def _guarded(
                 return 0
             with lock.exclusive_lock(run.out):
                 _run_locked(run, settings, body, identity, check, modules)
+                after(run)
         return 0
     except Interrupted as error:
         return _fail(error) if ranks.rank() == 0 else 0  # a failing follower would end rank 0

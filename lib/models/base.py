@@ -238,6 +238,15 @@ class Family(nn.Module):
         """(Config, model) as an export writes them, without what only training needs."""
         return config, self
 
+    def calibrated(
+        self, weights: Mapping[str, Tensor], bpb: Callable[[Family], float | None]
+    ) -> dict[str, Any]:
+        """Keys of its config that only the finished weights decide; bpb is that of validation text.
+
+        Called after the last step, when the model's own weights are not needed any more.
+        """
+        return {}
+
     def run_block(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """block(*inputs), recomputed in backward where activation checkpointing is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -13,9 +13,9 @@ Letters: B batch, T context, n positions of this call, V vocabulary, d width, H 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
+from lib.models._recursion import Counts, forward_flops, training_flops
 from lib.models.base import (
     STEP,
     Batch,
@@ -36,16 +37,17 @@ from lib.models.base import (
     require_same,
 )
 from lib.nn.blocks import Past, PostNorm, PreNorm
+from lib.nn.halting import Q_BIAS, Halting, largest_tau
 from lib.nn.linear import Table
 from lib.nn.norm import rms_norm
 from lib.nn.rope import Tables, rope_tables
+from lib.nn.tape import State, Tape
 
 ROPE_THETA = 10_000.0
-Q_WEIGHT, Q_BIAS = 0.5, -5.0  # share of the q-head's loss; it begins by not halting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Counts):
     """Section `model.trm`. A twin (`match: trm`) keeps these keys and derives its own sizes."""
 
     variant: Literal["trm", "looped", "plain"] = "trm"
@@ -72,7 +74,9 @@ class Config:
     supervision_update: Literal["sum", "step"] = "sum"  # optimizer steps: one a batch, or a loss
     decay: Literal["matrices", "all"] = "matrices"  # what weight decay acts on
     halt: Literal["off", "q", "kl", "pooled"] = "off"  # pooled: the recipe's head, never acts
-    halt_tau: float = 0.0  # a position stops thinking below it: 1 - q, or KL in nats; 0 = never
+    # a position stops thinking below it: 1 - q, or KL in nats; 0 = never. auto: the finished model
+    # gets the largest that costs 0.1 % of bits per byte at most
+    halt_tau: float | Literal["auto"] = 0.0
     act_threshold: float = 0.95  # pooled: share of right tokens that makes the label 1
     act_weight: float = 1.0  # pooled: factor of its loss
     loss_chunk: int | Literal["auto"] = "auto"  # rows whose logits exist at once in the loss
@@ -103,164 +107,13 @@ class Config:
              "set null: only variants looped and plain are twins"),
             (self.halt != "off" and set_alien, "halt", self.halt, "use off"),
             (not 0 <= self.dropout < 1, "dropout", self.dropout, "use 0 <= x < 1"),
-            (self.halt_tau < 0, "halt_tau", self.halt_tau, "use 0 (never) or more"),
+            (self.halt_tau != "auto" and self.halt_tau < 0, "halt_tau", self.halt_tau,
+             "use 0 (never) or more, or auto"),
+            (self.halt_tau == "auto" and self.halt not in ("q", "kl"), "halt_tau", "auto",
+             "set halt: q or kl"),
             (self.loss_chunk != "auto" and self.loss_chunk < 1, "loss_chunk", self.loss_chunk,
              "use auto, or 1 or more"),
         )  # fmt: skip
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """(n, T_d, N) of the recursion."""
-        n, T_d, N = self.latent_steps, self.deep_steps, self.supervision_steps
-        return 1 if n is None else n, 2 if T_d is None else T_d, 2 if N is None else N
-
-    @property
-    def joins(self) -> tuple[int, int]:
-        """(z-calls, y-calls) of one supervision step."""
-        n, T_d, _ = self.counts
-        return T_d * n, T_d * (n if self.schedule == "every" else 1)
-
-    @property
-    def recursion(self) -> Config:
-        """What a twin is a twin of; anything else is itself."""
-        return replace(self, variant="trm", match=None) if self.match else self
-
-    @property
-    def calls(self) -> int:
-        """C, applications of f in the whole model."""
-        if self.variant == "plain":
-            return 1
-        if self.variant == "looped" and self.match is None:
-            return self.loops or 1
-        return self.counts[2] * sum(self.joins)
-
-    @property
-    def steps(self) -> int:
-        """Depth of thought as trained: supervision steps, a twin's likewise; else loops."""
-        if self.variant == "plain":
-            return 1
-        return self.counts[2] if self.variant == "trm" or self.match else self.calls
-
-    @property
-    def blocks(self) -> int:
-        """Blocks with weights of their own."""
-        every = self.variant == "plain" and self.match is not None and self.equal == "flops"
-        return self.depth * self.recursion.calls if every else self.depth
-
-    @property
-    def applications(self) -> int:
-        """A, applications of a block in the whole model."""
-        return self.calls * self.blocks
-
-    @property
-    def gradients(self) -> int:
-        """A_g, applications that are differentiated."""
-        truncated = self.variant == "trm" and self.grad == "last"
-        return self.applications // (self.counts[1] if truncated else 1)
-
-    @property
-    def inner(self) -> int:
-        """Width of the MLP: 4d or 64 ceil(8d / 192); a twin's grows by what the joins cost."""
-        d, post = self.width, self.block == "post_ln"
-        usual = 4 * d if post else 64 * -(-8 * d // 192)
-        if self.match is None or self.join == "add":
-            return usual
-        if self.equal == "params":
-            extra, unit = 5 * d * d + 2 * d * post, (2 * d + 1 if post else 3 * d)
-        else:
-            z, y = self.joins
-            extra, unit = (3 * z + 2 * y) * d * d / (z + y), (2 * d if post else 3 * d)
-        return usual + round(extra / self.depth / unit)
-
-    @property
-    def normed(self) -> bool:
-        """Whether f ends with a norm."""
-        return self.block == "pre_norm" if self.out_norm is None else self.out_norm
-
-    @property
-    def normed_input(self) -> bool:
-        """Whether x is normed."""
-        return self.block == "pre_norm" if self.input_norm is None else self.input_norm
-
-
-# ---------------------------------------------------------------- accounts, pure
-
-
-def forward_flops(config: Config, T: int) -> int:
-    """FLOPs a token of all A block applications and joins: 2 a weight, 2 T d for attention."""
-    d = config.width
-    mlp = (2 if config.block == "post_ln" else 3) * d * config.inner
-    total = config.applications * (2 * (4 * d * d + mlp) + 2 * T * d)
-    if config.variant == "trm" and config.join == "concat":
-        z, y = config.joins
-        total += config.counts[2] * 2 * (3 * z + 2 * y) * d * d
-    return total
-
-
-def inference_flops(config: Config, T: int, V: int) -> int:
-    """A c + h: one head, after the last step."""
-    return forward_flops(config, T) + 2 * V * config.width
-
-
-def training_flops(config: Config, T: int, V: int) -> int:
-    """A c + N h + 2 (A_g c + N h) FLOPs a token."""
-    body, losses = forward_flops(config, T), config.counts[2] if config.variant == "trm" else 1
-    heads = losses * 2 * V * config.width
-    return body + heads + 2 * (body * config.gradients // config.applications + heads)
-
-
-# ---------------------------------------------------------------- state
-
-
-class State(NamedTuple):
-    """Rows so far: their length, the depth they were computed at, k and v of each application."""
-
-    position: int
-    depth: int
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-
-class Tape:
-    """One pass over n positions: K/V by block application, in order, those of `state` before it."""
-
-    def __init__(self, rope: Tables | None, state: State | None = None, keep: bool = False) -> None:
-        self.rope, self.state, self.keep = rope, state, keep
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self.halted: Tensor | None = None  # (B, n), positions that have stopped thinking
-
-    def past(self, blocks: int, step: int) -> list[Past]:
-        """What the next `blocks` applications meet; step: applications of one supervision step."""
-        found, first = [], len(self.kept)
-        for i in range(first, first + blocks):
-            before = (self.state.keys[i], self.state.values[i]) if self.state else (None, None)
-            own = None
-            if self.halted is not None:
-                n = self.halted.shape[1]
-                k, v = self.kept[i - step]
-                own = k[:, :, -n:], v[:, :, -n:]
-            found.append(Past(*before, self.halted, own))
-        return found
-
-    def add(self, kept: list[tuple[Tensor, Tensor]]) -> None:
-        """K/V of applications that were just made."""
-        if self.keep:
-            self.kept += kept
-
-    def repeat_last(self, step: int) -> None:
-        """Every position has stopped: K/V of the last supervision step stand in for the next."""
-        for i in range(len(self.kept) - step, len(self.kept)):
-            k, v = self.kept[i]
-            if self.state:  # the past of the later applications is their own
-                new = slice(self.state.position, None)
-                k = torch.cat((self.state.keys[i + step], k[:, :, new]), dim=2)
-                v = torch.cat((self.state.values[i + step], v[:, :, new]), dim=2)
-            self.kept.append((k, v))
-
-    def ended(self, position: int, depth: int) -> State:
-        """The state that continues the rows."""
-        keys, values = zip(*self.kept, strict=True)
-        return State(position, depth, keys, values)
 
 
 # ---------------------------------------------------------------- the model
@@ -292,13 +145,11 @@ class Model(Family):
         if recursive and config.init == "fixed":
             self.register_buffer("y0", torch.empty(d))
             self.register_buffer("z0", torch.empty(d))
-        if recursive and config.halt in ("q", "pooled"):
-            self.halt_head = nn.Linear(d, 1)
-        if recursive and config.halt == "pooled":
-            self.halt_norm = nn.LayerNorm(d)
+        if recursive and config.halt != "off":
+            self.halting = Halting(config.halt, d, config.act_threshold, config.act_weight)
         self.depth = self.trained_depth = config.steps  # at use the first may be another number
         self._losses: list[Tensor] = []  # unweighted, of the last batch
-        self._thought = [0.0, 0, 0.0]  # since `set_depth`: exit steps, positions, heads beside one
+        self._thought = [0.0, 0]  # since `set_depth`: exit steps, positions
 
     # ------------------------------------------------------------ the recursion
 
@@ -393,22 +244,18 @@ class Model(Family):
         self._require_room(start + n)
         x = self.embed(tokens, start)
         (y, z), tape = self.first(x), Tape(self.rope(start, n, x), state, keep=True)
-        halting = not self.training and self.config.halt_tau > 0 and self._halts
         before: Tensor | None = None
         for s in range(1, self.depth + 1):
-            if tape.halted is not None and bool(tape.halted.all()):
+            if tape.all_halted:
                 tape.repeat_last(self._per_step)
                 continue
             new_y, new_z = self.advance(x, y, z, tape)
-            if tape.halted is not None:
-                stays = tape.halted[..., None]
-                new_y, new_z = torch.where(stays, y, new_y), torch.where(stays, z, new_z)
-            y, z = new_y, new_z
-            if halting:
-                done, before = self._done(y, before)
-                tape.halted = done if tape.halted is None else tape.halted | done
+            y, z = tape.held(y, new_y), tape.held(z, new_z)
+            if self._tau:
+                done, before = self.halting.done(y, self._tau, self.logits, before)
+                tape.halt(done)
                 self._thought[0] += float((~tape.halted).sum()) if s < self.depth else 0.0
-        self._thought[0] += tokens.numel() * (1 if halting else self.depth)
+        self._thought[0] += tokens.numel() * (1 if self._tau else self.depth)
         self._thought[1] += tokens.numel()
         return self.logits(y), tape.ended(start + n, self.depth)
 
@@ -426,22 +273,12 @@ class Model(Family):
         return self.config.applications // self.trained_depth
 
     @property
-    def _halts(self) -> bool:
-        return self.config.variant == "trm" and self.config.halt in ("q", "kl")
-
-    def _done(self, y: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(positions (B, n) that may stop after this step, log-probabilities for the next one)."""
-        tau = self.config.halt_tau
-        if self.config.halt == "q":
-            return torch.sigmoid(-self._q(y)) < tau, None  # 1 - q
-        now = self.logits(y).log_softmax(-1)
-        if before is None:
-            return torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device), now
-        return (now.exp() * (now - before)).sum(-1).clamp(min=0) < tau, now
-
-    def _q(self, y: Tensor) -> Tensor:
-        """Logit (B, n) of the q-head: w . rms(y) + b."""
-        return self.halt_head(rms_norm(y)).squeeze(-1)
+    def _tau(self) -> float:
+        """Below it a position stops, 0: none does; training always thinks to the end."""
+        tau, config = self.config.halt_tau, self.config
+        if self.training or tau == "auto" or config.variant != "trm":
+            return 0.0
+        return tau if config.halt in ("q", "kl") else 0.0
 
     @torch.no_grad()
     def exit_logits(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -466,7 +303,7 @@ class Model(Family):
                 "not possible", value=f"depth is {depth}",
                 remedy="use 1 or more" if depth < 1 else "drop it: this model thinks once",
             )  # fmt: skip
-        self.depth, self._thought = depth, [0.0, 0, 0.0]
+        self.depth, self._thought = depth, [0.0, 0]
 
     # ------------------------------------------------------------ losses
 
@@ -515,30 +352,11 @@ class Model(Family):
         )
 
     def halt_loss(self, y: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """Binary cross-entropy of the halting head, times its factor; None where it has none.
-
-        y (B, n, d). q: per token on detached y, label = the most probable id is the target. pooled:
-        per row over `mask` (B, n; None: all), label = the share of right ids reaches the threshold.
-        """
+        """Loss of the halting head on y (B, n, d), or None; mask: see `Halting.loss`."""
         if self.config.variant != "trm" or self.config.halt not in ("q", "pooled"):
             return None
         right = self.best_ids(y.detach()) == targets
-        if self.config.halt == "q":
-            raw = F.binary_cross_entropy_with_logits(
-                self._q(y), right.to(y.dtype), reduction="none"
-            )
-            valid = targets >= 0
-            return Q_WEIGHT * (raw * valid).sum() / valid.sum().clamp(min=1)
-        seen = torch.ones_like(right) if mask is None else mask.bool()
-        sizes = seen.sum(1).clamp(min=1)
-        label = (right & seen).sum(1) / sizes >= self.config.act_threshold
-        q = self.pooled_logit(y, seen)
-        return self.config.act_weight * F.binary_cross_entropy_with_logits(q, label.to(q.dtype))
-
-    def pooled_logit(self, y: Tensor, mask: Tensor) -> Tensor:
-        """Logit (B,) of the recipe's head on the mean of y over `mask`: it sees the future."""
-        mean = (y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return self.halt_head(self.halt_norm(mean)).squeeze(-1)
+        return self.halting.loss(y, right, targets >= 0, mask)
 
     @torch.no_grad()
     def best_ids(self, y: Tensor, rows: int = 1024) -> Tensor:
@@ -560,7 +378,7 @@ class Model(Family):
 
     def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
         """N(0, 0.02^2); what adds to the stream is smaller by sqrt(2 A); norms 1, biases 0."""
-        if name.startswith("halt_head") and self.config.halt == "q":
+        if name.startswith("halting.head") and self.config.halt == "q":
             return torch.full(shape, Q_BIAS if name.endswith("bias") else 0.0)
         value = super().initial(name, shape, draw)
         adds = name.endswith((".o.weight", ".down.weight"))
@@ -572,6 +390,26 @@ class Model(Family):
         free |= {"supervision_update", "halt_tau", "act_threshold", "act_weight", "loss_chunk"}
         require_same(asdict(self.config), asdict(config), free)
         super().take_weights(config, read)
+
+    def calibrated(
+        self, weights: Mapping[str, Tensor], bpb: Callable[[Family], float | None]
+    ) -> dict[str, Any]:
+        """`halt_tau: auto` as a number; UserError where a lossy tokenizer has no bits per byte."""
+        if self.config.halt_tau != "auto":
+            return {}
+        self.load_state_dict(weights)
+
+        def at(tau: float) -> float:
+            self.config = replace(self.config, halt_tau=tau)
+            found = bpb(self.eval())
+            if found is None:
+                raise UserError(
+                    "no bits per byte to calibrate by", value="halt_tau is auto",
+                    remedy="give it a number, or use a lossless tokenizer",
+                )  # fmt: skip
+            return found
+
+        return {"halt_tau": largest_tau(at)}
 
     # ------------------------------------------------------------ optimisation and accounts
 
@@ -614,11 +452,11 @@ class Model(Family):
             if len(self._losses) < 2:
                 return {}
             return {f"loss_{s}": float(x) for s, x in enumerate(self._losses, 1)}
-        steps, positions, _ = self._thought
+        steps, positions = self._thought
         if self.config.variant == "plain" or not positions:
             return {}
         told = {"depth": float(self.depth), "trained_depth": float(self.trained_depth)}
-        if self._halts and self.config.halt_tau > 0:
+        if self._tau:
             told["mean_exit"] = steps / positions
             told["flops_saved"] = self._saved(steps / positions)
         return told

@@ -236,7 +236,11 @@ def write_result(
         "parents": parents_of(identity),
         "code_changes": position.code_changes,
     }
-    config = describe_model(family, identity, vocab_size, job.context)
+    settled = job.model.calibrated(outcome.weights, job.validate)
+    for key, value in settled.items():
+        job.log(f"model.{family}.{key}: {value:.4g}, found on validation text")
+    model = {"model": {**identity["model"], **settled}}
+    config = describe_model(family, {**identity, **model}, vocab_size, job.context)
     write_final(run.result, outcome.weights, config, provenance, run.inputs["tokenizer"], beside)
     outcome.observer.write_curves(run.files_beside("curves"))
     job.model.finish()

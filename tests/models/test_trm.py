@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib.core.errors import UserError
 from lib.core.refusal import Refused
 from lib.models import trm
+from lib.models._recursion import inference_flops, training_flops
 from lib.models.base import STEP, Optim, build
-from lib.models.trm import Config, Model, inference_flops, training_flops
+from lib.models.trm import Config, Model
 from lib.nn.ema import Ema
 from lib.train.schedule import make_schedule
 from tests.golden import array, read
@@ -77,7 +78,7 @@ def golden_names(tied: bool) -> list[str]:
     """Our parameter names in the order of the golden file."""
     pairs = ["join_z", "join_y", "blocks.0.attn.qkv", "blocks.0.attn.o", "blocks.0.up"]
     pairs += ["blocks.0.down", "blocks.0.norm1", "blocks.0.norm2"]
-    halt = [f"{m}.{kind}" for m in ("halt_norm", "halt_head") for kind in ("weight", "bias")]
+    halt = [f"{m}.{kind}" for m in ("halting.norm", "halting.head") for kind in ("weight", "bias")]
     names = ["table.weight", "positions.weight"]
     names += [f"{module}.{kind}" for module in pairs for kind in ("weight", "bias")]
     return names + ([] if tied else ["head.weight"]) + halt
@@ -133,7 +134,7 @@ def test_losses_and_gradients_are_those_of_the_recipe(golden):
         y, z = model.advance(x, y, z, trm.Tape(None))
         ce.append(model._cross_entropy(y, golden.targets, "mean"))
         bce.append(model.halt_loss(y, golden.targets, golden.mask))
-        qs.append(torch.sigmoid(model.pooled_logit(y, golden.mask)))
+        qs.append(torch.sigmoid(model.halting.pooled(y, golden.mask)))
         ((ce[-1] + bce[-1]) / golden.steps).backward()
         y, z = y.detach(), z.detach()
     factor = golden.config.act_weight
@@ -382,7 +383,7 @@ def test_the_q_head_leaves_the_language_model_s_gradients_alone():
     assert backward(off, batch()) == backward(q, batch()), "the log shows the losses alone"
     for name, parameter in off.named_parameters():
         assert torch.equal(q.get_parameter(name).grad, parameter.grad), name
-    assert float(q.halt_head.bias.grad) != 0
+    assert float(q.halting.head.bias.grad) != 0
 
 
 def test_the_pooled_head_changes_no_logit():
@@ -399,7 +400,7 @@ def test_halting_is_the_same_with_and_without_cache_and_off_at_zero(halt):
     model = make(config, stir=0.3).eval().double()
     tokens = ids(2)
     if halt == "q":
-        model.halt_head.bias.zero_()
+        model.halting.head.bias.zero_()
     exits = list(model.exit_logits(tokens))[:3]
     assert torch.equal(model(tokens)[0], exits[-1]), "tau 0 never stops"
     model.config = replace(config, halt_tau={"q": 0.5, "kl": 0.3}[halt])
@@ -420,6 +421,29 @@ def test_halting_is_the_same_with_and_without_cache_and_off_at_zero(halt):
     model.config = replace(config, halt_tau=1e9)
     early = model(tokens)[0]
     assert torch.equal(early, exits[0 if halt == "q" else 1])
+
+
+def test_a_tau_of_auto_becomes_the_largest_that_costs_a_thousandth():
+    """Until then it is 0: an uncalibrated model would stop anywhere."""
+    config = replace(SMALL, halt="kl", halt_tau="auto")
+    model, off = make(config, stir=0.3).eval(), make(SMALL, stir=0.3).eval()
+    assert torch.equal(model(ids())[0], off(ids())[0])
+    weights = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+
+    def bpb(slope: float) -> float:
+        def of(asked: Any) -> float:
+            assert torch.equal(asked.table.weight, weights["table.weight"]) and not asked.training
+            return 2.0 + slope * asked.config.halt_tau
+
+        return model.calibrated(weights, of)["halt_tau"]
+
+    assert bpb(0.004) == pytest.approx(0.5, rel=0.01)  # 0.1 % of 2 bits is 0.002
+    model.config = config
+    assert bpb(1e6) == 0.0, "even the smallest costs too much"
+    model.config = config
+    with pytest.raises(UserError, match="lossless"):
+        model.calibrated(weights, lambda asked: None)
+    assert off.calibrated(weights, lambda asked: None) == {}
 
 
 # ---------------------------------------------------------------- state and depth
@@ -609,6 +633,8 @@ REFUSED = [
     (Config, {"loops": 3}, "loops", "set null"),
     (Config, {"dropout": 1.0}, "dropout", "use 0 <= x < 1"),
     (Config, {"variant": "looped", "halt": "q"}, "halt", "use off"),
+    (Config, {"halt_tau": -1.0}, "halt_tau", "or more, or auto"),
+    (Config, {"halt_tau": "auto"}, "halt_tau", "set halt: q or kl"),
 ]
 
 

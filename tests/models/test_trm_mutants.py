@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from torch.nn import functional as F
 
 from lib.models import trm
-from lib.nn import blocks
+from lib.nn import blocks, tape
 from tests.models import test_trm
 from tests.train import tiny
 
@@ -40,6 +41,7 @@ MUTANTS = {
         lambda: test_trm.test_the_cache_is_exact_at_every_depth(test_trm.SMALL),
     ),
 }
+ELSEWHERE = {"cache by block": tape}  # whose lines a mutant changes, if not the family's own
 
 
 def one_open_call(kind: type) -> type:
@@ -63,18 +65,27 @@ def one_open_call(kind: type) -> type:
     return Open
 
 
+def mutate(module: types.ModuleType, old: str, new: str, monkeypatch) -> types.ModuleType:
+    """The module with one of its lines changed, under another name."""
+    text = Path(module.__file__ or "").read_text()
+    assert text.count(old) == 1, "the line that the mutant changes is gone"
+    mutant = types.ModuleType(f"{module.__name__}_mutant")
+    monkeypatch.setitem(sys.modules, mutant.__name__, mutant)
+    mutant.__dict__["one_open_call"] = one_open_call
+    exec(compile(text.replace(old, new), mutant.__name__, "exec"), mutant.__dict__)
+    return mutant
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_defect_is_found(name, monkeypatch):
     old, new, check = MUTANTS[name]
-    text = Path(trm.__file__ or "").read_text()
-    assert text.count(old) == 1, "the line that the mutant changes is gone"
-    mutant = types.ModuleType("lib.models.trm_mutant")
-    monkeypatch.setitem(__import__("sys").modules, mutant.__name__, mutant)
-    mutant.__dict__["one_open_call"] = one_open_call
-    exec(compile(text.replace(old, new), mutant.__name__, "exec"), mutant.__dict__)
     check()
-    monkeypatch.setattr(test_trm, "trm", mutant)
-    monkeypatch.setattr(test_trm, "Model", mutant.Model)
+    changed = mutate(ELSEWHERE.get(name, trm), old, new, monkeypatch)
+    if changed.__name__.startswith(tape.__name__):
+        monkeypatch.setattr(trm, "Tape", changed.Tape)
+    else:
+        monkeypatch.setattr(test_trm, "trm", changed)
+        monkeypatch.setattr(test_trm, "Model", changed.Model)
     with pytest.raises((AssertionError, RuntimeError)):
         check()
 

@@ -23,6 +23,9 @@ from tests.train.project import command, make_project, outcome
 from tests.train.test_observe import FAKE_HUB
 
 
+from tests.train.project import PARAMS, command, make_project, outcome
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A project, untouched by tests."""
@@ -305,3 +308,14 @@ def test_what_the_hub_gets_is_the_exported_checkpoint(project, tmp_path):
 
     assert open_folder(pushed).weights == "export"
     assert "| steps | 6 |" in (pushed / "README.md").read_text()
+
+
+def test_a_tau_of_auto_is_a_number_in_the_finished_model(project):
+    """Found on the averaged weights, after the last step; whoever opens the model halts by it."""
+    (project / "params.yaml").write_text(PARAMS.replace("gpt:", "trm:"))
+    asked = ("model.trm.halt=kl", "model.trm.halt_tau=auto")
+    assert pretrain_here("--run", "trm", *(word for one in asked for word in ("--set", one))) == 0
+    final = Final.open(project / "checkpoints/trm/final")
+    tau = final.model().config.halt_tau
+    assert isinstance(tau, float) and 0 <= tau <= 10
+    assert final.provenance["steps"] == 6
