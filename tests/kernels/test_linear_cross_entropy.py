@@ -169,5 +169,6 @@ def test_the_logits_of_all_rows_never_exist(monkeypatch):
 def test_chunks_are_bounded():
     """At V 65,536 a chunk is 256 rows on a CPU; on accelerators about as large as h."""
     assert chunk_rows(2_048, 1_280, 65_536) == 256
+    assert chunk_rows(2_048, 1_280, 65_536, half=True) == 512
     assert chunk_rows(2_048, 1_280, 65_536, "cuda") == 64
     assert chunk_rows(100, 64, 500, "cuda") == 100

@@ -41,7 +41,8 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         h = h.to(torch.get_autocast_dtype(device))
     rows, flat = h.reshape(-1, h.shape[-1]).contiguous(), targets.reshape(-1)
-    size = chunk_rows(len(rows), rows.shape[-1], V, device) if chunk == "auto" else chunk
+    half = h.dtype in (torch.bfloat16, torch.float16)
+    size = chunk_rows(*rows.shape, V, device, half=half) if chunk == "auto" else chunk
     scale = None
     if reduction != "none":
         valid = (flat >= 0).to(torch.float64 if h.dtype == torch.float64 else torch.float32)
