@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import json
 import random
 import subprocess
@@ -45,12 +47,14 @@ def seed(seed_texts) -> Tokenizer:
     return Tokenizer(spm.train_sentencepiece(iter(seed_texts), made))
 
 
+def real_texts(shared: Path, name: str) -> list[str]:
+    with gzip.open(shared / f"data/ja_jsonl/{name}.jsonl.gz") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
 @pytest.fixture(scope="module")
 def real_val(shared: Path) -> list[str]:
-    import gzip
-
-    with gzip.open(shared / "data/ja_jsonl/validation_0.jsonl.gz") as lines:
-        return [json.loads(line)["text"] for line in lines]
+    return real_texts(shared, "validation_0")
 
 
 def assert_exact(tokenizer: Tokenizer, text: str) -> None:
@@ -198,16 +202,31 @@ def test_an_error_of_the_text_source_arrives_as_it_was():
         spm._train(lines, section())
 
 
-def test_texts_of_real_japanese_come_back(shared, real_val):
+_REAL = """
+import hashlib, sys
+from pathlib import Path
+from lib.data import spm
+from tests.data.test_spm import SIXTEEN, real_texts, section
+texts = real_texts(Path(sys.argv[1]), "train_0")
+made = spm.train_sentencepiece(iter(texts), section(**SIXTEEN, threads=2))
+print(hashlib.sha256(made.proto).hexdigest())
+"""
+SIXTEEN = {"vocab_size": 16_000, "character_coverage": 0.9995}
+
+
+def test_texts_of_real_japanese_come_back_and_a_second_run_gives_the_same_bytes(shared, real_val):
+    """At the size of the recipe; the other run is a process with another thread count."""
     tokenizer = Tokenizer(
-        spm.train_sentencepiece(
-            iter(real_val[:150]), section(vocab_size=3000, character_coverage=0.98)
-        )
+        spm.train_sentencepiece(iter(real_texts(shared, "train_0")), section(**SIXTEEN, threads=1))
     )
     report = measure(tokenizer, real_val, threads=2)
-    assert report["round_trips"] == report["documents"] == len(real_val)
+    assert report["round_trips"] == report["documents"] == len(real_val) == 577
     assert report["unknown_rate"] == 0
     assert report["hf_equal"] == report["hf_documents"] == len(real_val)
+    child = [sys.executable, "-c", _REAL, str(shared)]
+    done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == hashlib.sha256(tokenizer.model.proto).hexdigest()
 
 
 # ---------------------------------------------------------------- the seed recipe
