@@ -19,11 +19,8 @@ from lib.train.final import Final
 from stages import pretrain
 from tests.conftest import ROOT
 from tests.faults.crash import tree
-from tests.train.project import command, make_project, outcome
-from tests.train.test_observe import FAKE_HUB
-
-
 from tests.train.project import PARAMS, command, make_project, outcome
+from tests.train.test_observe import FAKE_HUB
 
 
 @pytest.fixture(scope="module")
