@@ -22,6 +22,7 @@ from lib.models import cvfp
 from lib.models.base import build
 from lib.train.trainer import train
 from tests.faults.crash import enumerate_crashes
+from tests.faults.tally import tally
 from tests.models.streams import Stream
 from tests.train.test_trainer import CLOCKED
 from tests.train.tiny import RUNTIME, make_job
@@ -103,6 +104,9 @@ def test_a09_sweeps_killed_at_any_file_operation_end_with_the_same_bytes(tmp_pat
         skip=lambda name: name.endswith("training_log.jsonl"), every=EVERY,
     )  # fmt: skip
     assert killed >= 400 // EVERY, f"only {killed} points: the injector has lost sight of the store"
+    tally(
+        "A9", f"SIGKILL in sweeps, {config or 'double buffers'}", killed, "equal weights and rows"
+    )
 
 
 def test_control_without_a_commit_at_every_chunk_the_run_does_not_come_back(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from lib.data import embedded, hub, remote, sources
 from tests.data.test_sources import NAMES, parquet
 from tests.data.web import serving
 from tests.faults.crash import enumerate_crashes
+from tests.faults.tally import tally
 
 pytestmark = pytest.mark.faults
 
@@ -96,6 +97,7 @@ def test_a01_kill_anywhere_in_a_download_of_three_shards(tmp_path, monkeypatch):
         action = _action(section, runtime)
         killed = enumerate_crashes(action, _maker(tmp_path), _inspect, _skip)
     assert killed > 40
+    tally("A1", "SIGKILL while shards come over a network", killed, "equal bytes")
 
 
 def test_a01_kill_anywhere_while_packages_and_samples_become_shards(tmp_path, monkeypatch):
@@ -127,3 +129,4 @@ def test_a01_kill_anywhere_while_packages_and_samples_become_shards(tmp_path, mo
     action = _action(section, Runtime(workers=1))
     killed = enumerate_crashes(action, _maker(tmp_path), _inspect, _skip, every=3)
     assert killed > 15
+    tally("A1", "SIGKILL while packages and samples become shards", killed, "equal bytes")

@@ -17,6 +17,7 @@ from lib.core.errors import KumikiError
 from lib.train.checkpoint import verify
 from lib.train.final import Final, write_final
 from tests.faults.crash import Injector, enumerate_crashes, in_child, tree
+from tests.faults.tally import tally
 from tests.train.test_trainer import CLOCKED
 from tests.train.tiny import BASE, RUNTIME, VOCAB, make_job, make_model, train
 
@@ -71,6 +72,7 @@ def test_a08_training_killed_at_any_file_operation_ends_with_the_same_bytes(tmp_
     assert killed >= 300 // EVERY, (
         f"only {killed} points: the injector has lost sight of the writer"
     )
+    tally("A8", "SIGKILL in the trainer with dropout", killed, "equal bytes after the same command")
 
 
 def test_a08_killed_again_during_the_recovery(tmp_path):
