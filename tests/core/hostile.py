@@ -1,6 +1,6 @@
 """A server on the loopback that misbehaves on request, and remembers what it was asked.
 
-`routes` maps a path to a handler, `folder` serves files with ranges and ETags, like a hub where
+`routes` maps a path to a handler, `files` are served with ranges and ETags, like a hub where
 `commit` is set. `seen` lists the requests, `sent` counts body bytes by path, `connections` counts
 what was accepted: a second server on 127.0.0.2 proves by its zero what was not contacted.
 """
@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
@@ -38,8 +37,9 @@ class HostileServer(ThreadingHTTPServer):
         super().__init__((host, 0), Exchange)
         self.host, self.port, self.scheme = host, self.server_port, "https" if tls else "http"
         self.routes: dict[str, Handler] = {}
-        self.folder: Path | None = None
-        self.commit: str | None = None
+        self.files: dict[str, bytes] = {}  # path without its leading slash -> body
+        self.commit: str | None = None  # what `main` stands for
+        self.linked = True  # with a commit: sizes and hashes are told as for LFS objects
         self.seen: list[Seen] = []
         self.sent: Counter[str] = Counter()
         self.connections = 0
@@ -52,6 +52,9 @@ class HostileServer(ThreadingHTTPServer):
 
     def url(self, path: str, host: str | None = None) -> str:
         return f"{self.scheme}://{host or self.host}:{self.port}{path}"
+
+    def count(self, method: str) -> int:
+        return sum(s.method == method for s in self.seen)
 
     def gets(self, path: str) -> list[Seen]:
         return [s for s in list(self.seen) if s.method == "GET" and s.path == path]
@@ -85,22 +88,21 @@ class Exchange(BaseHTTPRequestHandler):
         path = self.path if self.command == "CONNECT" else urlsplit(self.path).path
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.seen.append(Seen(self.command, path, headers))
-        handler = self.server.routes.get(path) or self._from_folder(path) or status(404)
+        handler = self.server.routes.get(path) or self._stored(path) or status(404)
         handler(self)
 
     do_HEAD = do_CONNECT = do_GET
 
-    def _from_folder(self, path: str) -> Handler | None:
-        folder = self.server.folder
-        file = folder and folder / unquote(path).lstrip("/")
-        if file is None or not file.is_file():
+    def _stored(self, path: str) -> Handler | None:
+        commit = self.server.commit
+        name = unquote(path).lstrip("/").replace(f"/{commit}/", "/main/")
+        data = self.server.files.get(name)
+        if data is None:
             return None
-        data = file.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        more = {}
-        if self.server.commit:
-            more = {"X-Repo-Commit": self.server.commit, "X-Linked-Etag": f'"{digest}"'}
-            more["X-Linked-Size"] = str(len(data))
+        more = {"X-Repo-Commit": commit} if commit else {}
+        if commit and self.server.linked:
+            more |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
         return serve(data, etag=f'"{digest[:16]}"', **more)
 
     def head(self, code: int, **headers: object) -> None:

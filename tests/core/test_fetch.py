@@ -172,12 +172,9 @@ def test_head_reads_the_hubs_headers_and_asks_no_second_host(bench, elsewhere):
     assert sum(bench.server.sent.values()) == 0
 
 
-def test_a_folder_is_served_like_a_hub(bench, tmp_path):
+def test_files_are_served_like_a_hub(bench):
     """The download stage's tests build on this."""
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    (hub / "shard.bin").write_bytes(DATA)
-    bench.server.folder, bench.server.commit = hub, "d" * 40
+    bench.server.files, bench.server.commit = {"shard.bin": DATA}, "d" * 40
     found = head(bench.server.url("/shard.bin"), bench.policy, log=bench.log)
     assert (found.commit, found.size, found.sha256) == ("d" * 40, len(DATA), SHA)
     assert bench.fetch().origin == "server"

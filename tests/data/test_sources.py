@@ -32,9 +32,10 @@ from lib.core.run_settings import Runtime
 from lib.data import embedded, remote, sources
 from lib.data.shards import ShardFolder, check_parquet, write_parquet
 from tests.conftest import ROOT
-from tests.data.web import COMMIT, serving
+from tests.core.hostile import HostileServer
 
 RUNTIME = Runtime(allow_private_hosts=("127.0.0.1",), workers=1, download_workers=2)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAMES = [f"shard_{i:05d}.parquet" for i in range(10)]
 
 
@@ -50,7 +51,8 @@ def project(tmp_path, monkeypatch):
 
 @pytest.fixture
 def host():
-    with serving() as running:
+    with HostileServer() as running:
+        running.commit, running.linked = COMMIT, False
         yield running
 
 
@@ -77,7 +79,7 @@ def small(host, shards=3, **more) -> ParquetSource:
     return ParquetSource(
         kind="parquet",
         repo="d",
-        pattern=f"{host.url}/{{repo}}/{{revision}}/shard_{{i:05d}}.parquet",
+        pattern=f"{host.url('/')}{{repo}}/{{revision}}/shard_{{i:05d}}.parquet",
         count=10,
         shards=shards,
         val_name=NAMES[9],
@@ -108,14 +110,14 @@ def test_real_shards_three_to_five_sends_exactly_two_gets(host, said, shared):
     host.files = {f"d/main/{n}": (shared / "data" / "en_shards" / n).read_bytes() for n in NAMES}
     three = collect(said, en=small(host))
     assert host.count("GET") == 4  # three train shards and the validation shard
-    host.asked.clear()
+    host.seen.clear()
     five = collect(said, en=small(host, 5))
     assert host.count("GET") == 2
     assert names(five, "train") == [f"en/{n}" for n in NAMES[:5]]
     assert names(five, "val") == [f"en/{NAMES[9]}"]
-    host.asked.clear()
+    host.seen.clear()
     assert collect(said, en=small(host)) == three
-    assert host.asked == []
+    assert host.seen == []
     assert three.counts["sources"]["en"]["splits"]["train"]["rows"] == 3 * 3072
 
 
@@ -128,7 +130,7 @@ def test_the_manifest_tells_where_each_shard_came_from(host, said):
         "split": "train",
         "index": 0,
         "origin": "first_use",
-        "url": f"{host.url}/d/{COMMIT}/{NAMES[0]}",
+        "url": f"{host.url('/')}d/{COMMIT}/{NAMES[0]}",
         "revision": COMMIT,
         "etag": entry.extra["etag"],
         "rows": 5,
@@ -143,9 +145,9 @@ def test_a_branch_is_resolved_once_and_kept(host, said):
     """`main` may move between two runs; a source is one commit."""
     collect(said, en=small(host, 1))
     collect(said, en=small(host, 2))
-    gets = [path for method, path in host.asked if method == "GET"]
+    gets = [s.path for s in host.seen if s.method == "GET"]
     assert all(f"/{COMMIT}/" in path for path in gets)
-    assert sum("/main/" in path for _, path in host.asked) == 1
+    assert sum("/main/" in s.path for s in host.seen) == 1
 
 
 def test_the_hubs_own_sha256_is_noted_and_enforced(host, said):
@@ -174,7 +176,7 @@ def test_pins_come_before_everything(host, said):
 def test_the_validation_shard_is_fetched_by_name_or_the_stage_stops(host, said):
     """Without it elsewhere the last train shard silently became validation."""
     source = small(host, 2)
-    host.down.add(f"d/main/{NAMES[9]}")
+    del host.files[f"d/main/{NAMES[9]}"]
     with pytest.raises(InputError, match="the validation shard is absent"):
         collect(said, en=source)
     assert host.count("GET") == 0
@@ -226,7 +228,7 @@ def test_what_is_no_shard_never_gets_the_name_of_one(host, said, data, message):
         collect(said, en=source)
     folder = ShardFolder(sources.identity_of(source, "en", 1)).path
     assert not (folder / NAMES[0]).exists()
-    host.asked.clear()
+    host.seen.clear()
     host.files[f"d/main/{NAMES[0]}"] = parquet(["right"])
     collect(said, en=source)
     assert host.count("GET") == 1  # the others stayed
@@ -254,17 +256,17 @@ def test_every_failure_is_listed_and_what_was_right_stays(host, said):
     assert caught.value.code == 3
     for index in (1, 3):
         host.files[f"d/main/{NAMES[index]}"] = parquet([f"right {index}"])
-    host.asked.clear()
+    host.seen.clear()
     collect(said, en=source)
     assert host.count("GET") == 2
 
 
 def test_an_unreachable_host_is_known_after_one_question(host, said):
     source = ParquetSource(**{**vars(small(host, 9)), "pattern": small(host).pattern})
-    gone = source.pattern.replace(host.url.rsplit(":", 1)[1], "9")
+    gone = source.pattern.replace(str(host.port), "9")
     with pytest.raises(EnvError, match="host unreachable"):
         collect(said, en=ParquetSource(**{**vars(source), "pattern": gone}))
-    assert host.asked == []
+    assert host.seen == []
 
 
 def test_space_is_asked_for_before_the_first_byte(host, said, monkeypatch):
@@ -286,7 +288,7 @@ def test_one_flipped_byte_is_named_and_fetched_again(host, said):
     path = folder_of(manifest, "en") / NAMES[2]
     whole = path.read_bytes()
     flip(path)
-    host.asked.clear()
+    host.seen.clear()
     shards = ensure(manifest, said)
     assert path.read_bytes() == whole
     assert host.count("GET") == 1
@@ -486,15 +488,14 @@ def test_pinned_files_are_those_or_nothing(host, said):
     pin = files.hashlib.sha256(b"{}" * 50).hexdigest()
 
     def source(sha256):
-        one = PinnedFile(url=f"{host.url}/v.json?download=1", sha256=sha256, bytes=100)
+        one = PinnedFile(url=f"{host.url('/')}v.json?download=1", sha256=sha256, bytes=100)
         return FilesSource(kind="files", files={"encoder.json": one})
 
-    host.files["v.json?download=1"] = host.files["v.json"]
     manifest = collect(said, gpt2=source(pin))
     found = sources.ensure_files(manifest, "gpt2", None, RUNTIME, said.append)
     assert found["encoder.json"].read_bytes() == b"{}" * 50
     assert ensure(manifest, said) == []  # no text
-    assert manifest.files[0].extra["url"] == f"{host.url}/v.json"  # no query
+    assert manifest.files[0].extra["url"] == f"{host.url('/')}v.json"  # no query
     files.remove_tree(folder_of(manifest, "gpt2"))
     assert sources.ensure_files(manifest, "gpt2", None, RUNTIME, said.append) == found
     with pytest.raises(InputError, match="sha256 differs"):
@@ -520,7 +521,7 @@ def test_an_archive_is_its_kept_members(way, host, said, tmp_path):
         for name in archive.namelist():
             files.write_bytes(tmp_path / "open" / name, archive.read(name))
     where = {
-        "fetched": {"url": f"{host.url}/b.zip"},
+        "fetched": {"url": f"{host.url('/')}b.zip"},
         "local": {"path": "b.zip"},
         "unpacked": {"path": "open"},
     }[way]

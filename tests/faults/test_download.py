@@ -20,8 +20,8 @@ from lib.core.data_settings import (
 from lib.core.process import worker_pool
 from lib.core.run_settings import Runtime
 from lib.data import embedded, hub, remote, sources
+from tests.core.hostile import HostileServer
 from tests.data.test_sources import NAMES, parquet
-from tests.data.web import serving
 from tests.faults.crash import enumerate_crashes
 from tests.faults.tally import tally
 
@@ -74,7 +74,7 @@ def test_a01_kill_anywhere_in_a_download_of_three_shards(tmp_path, monkeypatch):
     local.mkdir()
     (local / "a.jsonl").write_text('{"text": "a"}\n')
     (local / "b.jsonl").write_text('{"text": "b"}\n')
-    with serving() as host:
+    with HostileServer() as host:
         for name in (*NAMES[:2], NAMES[9]):
             host.files[f"d/main/{name}"] = parquet([f"{name} {i}" * 30 for i in range(50)])
         section = DownloadShards(
@@ -82,7 +82,7 @@ def test_a01_kill_anywhere_in_a_download_of_three_shards(tmp_path, monkeypatch):
                 "en": ParquetSource(
                     kind="parquet",
                     repo="d",
-                    pattern=f"{host.url}/{{repo}}/{{revision}}/shard_{{i:05d}}.parquet",
+                    pattern=f"{host.url('/')}{{repo}}/{{revision}}/shard_{{i:05d}}.parquet",
                     count=10,
                     shards=2,
                     val_name=NAMES[9],
