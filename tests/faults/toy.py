@@ -26,6 +26,7 @@ from typing import Any
 
 from lib.core import artifact, chunkstore, dag, params, stage
 from lib.core.artifact import Manifest
+from lib.data import dedup
 from lib.models import families
 from tests.conftest import ROOT
 from tests.faults.crash import enumerate_crashes, in_child, tree
@@ -163,8 +164,16 @@ def advance(project: Path, step: str) -> None:
 
 def warm(project: Path, *steps: str) -> None:
     """Imports, code hashes and parameters, once here: they are two thirds of a point's time."""
-    names = ["pandas", "certifi", "urllib3", "tiktoken.registry"]
+    names = [
+        "pandas",
+        "certifi",
+        "urllib3",
+        "tiktoken.registry",
+        "lib.cli.estimate",
+        "numpy.ctypeslib",
+    ]
     names += [f"lib.data.{n}" for n in ("extract", "encode", "tokenizer", "embedded", "hub")]
+    names += [f"lib.data.{n}" for n in ("sources", "local", "remote", "embedding_plan")]
     names += [f"stages.{step.words[0]}" for step in STEPS.values()]
     hashed = [f"stages.{STEPS[e].words[0]}" for s in steps for e in (*order_of(s), s)]
     if any(STEPS[step].words[0] in MODELLED for step in steps):
@@ -175,6 +184,7 @@ def warm(project: Path, *steps: str) -> None:
         importlib.import_module(name)
     for name in hashed:
         dag.code_hash(name, ROOT)
+    dedup._weights()
     params.read_yaml = _remembering(params.read_yaml)
     params.load(project)
     chunkstore.mount_of = lambda place: "ext4"  # scratch is refused in memory, where toys may lie
