@@ -21,7 +21,7 @@ from tests.faults.toy import CHAINS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 FULL = os.environ.get("KUMIKI_FAULTS_EVERY") == "1"
-SAMPLE = {"kill": 23, "fail": 60}  # every how many-th change is struck outside `make faults`
+SAMPLE = {"kill": 37, "fail": 60}  # every how many-th change is struck outside `make faults`
 ROWS = {
     "download": "A1", "extract": "A2", "bpe": "A3", "spm": "A3", "encode": "A4",
     "evaluate": "A6", "export": "A7", "train": "A8",
@@ -55,7 +55,7 @@ def test_a01_to_a08_killed_again_in_the_recovery_it_ends_with_the_same_bytes(fas
         tally(row_of(step), f"SIGKILL twice in {step}", points, "equal bytes after the third run")
 
 
-@pytest.mark.parametrize("chain", CHAINS if FULL else ["extract", "train_gpt", "export_gpt"])
+@pytest.mark.parametrize("chain", CHAINS if FULL else ["extract", "train_gpt"])
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_b01_b03_a_failing_disk_is_exit_4_and_the_same_command_ends_well(fast_folder, chain, error):
     """`make faults`: every operation of the data stages, every fourth of training and after."""
