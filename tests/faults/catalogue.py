@@ -148,7 +148,8 @@ ROWS: dict[str, Row] = {
         f"{FETCH}::test_c11_the_exit_code_says_what_all_failures_share")),
     "D1": Row("hostile JSON lines", "one fate each, counted", (
         f"{READERS}::test_hostile_line_has_exactly_one_fate",
-        f"{FUZZ}::test_d01_to_d05_any_bytes_are_a_value_or_a_sentence")),
+        f"{FUZZ}::test_d01_to_d05_any_bytes_are_a_value_or_a_sentence",
+        f"{FUZZ}::test_d01_to_d05_bytes_that_reach_new_branches_are_a_value_or_a_sentence")),
     "D2": Row("invalid UTF-8, surrogates, controls", "counted, the rest is read", (
         f"{READERS}::test_hostile_file_of_all_lines_counts_by_reason",
         "tests/data/test_clean.py::test_rules")),

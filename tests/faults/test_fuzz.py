@@ -15,6 +15,8 @@ import json
 import os
 import resource
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -37,6 +39,7 @@ from lib.data.ledger import ReadCounts
 from lib.data.readers import Shard, read_shard
 from lib.data.strict_json import Rejected, field_of
 from lib.train.checkpoint import read_tensors
+from tests.conftest import ROOT
 from tests.faults.tally import tally
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
@@ -190,6 +193,17 @@ def test_d01_to_d05_any_bytes_are_a_value_or_a_sentence(tmp_path, name, monkeypa
     assert outcomes["refused"] > 0, outcomes
     told = f"{outcomes['read']} read, {outcomes['refused']} refused"
     tally("D1" if name.startswith("json") else "D5", f"fuzzed {name}", sum(outcomes.values()), told)
+
+
+@pytest.mark.parametrize("name", ["json line", "manifest", "sentencepiece model", "zip"])
+def test_d01_to_d05_bytes_that_reach_new_branches_are_a_value_or_a_sentence(name):
+    """The parsers that are ours, by libFuzzer; it exits with another code than 0 for a finding."""
+    pytest.importorskip("atheris", reason="atheris is absent: pip install -e '.[fuzz]'")
+    runs = 50 * EXAMPLES
+    command = [sys.executable, "-m", "tests.faults.guided", name, f"-runs={runs}", "-seed=1"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    tally("D1" if name == "json line" else "D5", f"guided fuzzing of {name}", runs, "no finding")
 
 
 def test_control_a_reader_that_lets_its_librarys_error_out_is_caught(tmp_path, monkeypatch):
