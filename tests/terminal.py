@@ -25,7 +25,7 @@ def drive(
     words: Sequence[str], folder: Path, *, until: str = "", keys: bytes = b"", limit_s: float = 120,
     **environment: str,
 ) -> tuple[int, str]:  # fmt: skip
-    """(exit code, all that the terminal got); `keys` are pressed once a line with `until` is there."""
+    """(exit code, all that the terminal got); `keys` are pressed after the line with `until`."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", **environment}
