@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -301,3 +304,50 @@ def test_deep_nesting_is_refused_before_it_is_parsed(tmp_path):
         (tmp_path / "params.yaml").write_text(text)
         with pytest.raises(UserError, match="nested too deep"):
             params.read_yaml(tmp_path / "params.yaml")
+
+
+DEFINED = ("core/run_settings.py", "core/data_settings.py", "core/settings.py")
+
+
+def read_names(path: Path, defines: bool) -> set[str]:
+    """Names that a file reads: attributes, words, parameters, fields that it takes over.
+
+    defines: the file declares settings; what its checks look at is no reader.
+    """
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if defines else ():
+        if isinstance(node, ast.ClassDef):
+            node.body = [
+                n for n in node.body if isinstance(n, ast.FunctionDef) and n.name != "__post_init__"
+            ]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+def test_every_key_has_a_reader():
+    """Nine keys of a published configuration were read by nothing (ramgpt.md 3.6)."""
+    lib = ROOT / "lib"
+    heads = sorted(p for p in (lib / "models").glob("*.py") if p.stem not in ("__init__", "base"))
+    modules = [lib / name for name in DEFINED] + heads
+    files = [*lib.rglob("*.py"), *(ROOT / "stages").glob("*.py")]
+    read = set().union(*(read_names(p, p in modules) for p in files))
+    keys = {
+        (module.stem, one.__name__, field.name)
+        for module in modules
+        for one in vars(
+            import_module(".".join(module.relative_to(ROOT).with_suffix("").parts))
+        ).values()
+        if is_dataclass(one) and isinstance(one, type)
+        for field in fields(one)
+    }
+    assert len(keys) > 200, "the settings were not found"
+    assert not [key for key in sorted(keys) if key[2] not in read]

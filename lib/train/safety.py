@@ -77,21 +77,28 @@ def restore_random_states(states: dict[str, Tensor], device: torch.device) -> No
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+Culprit = tuple[int, str]  # a micro-batch, and where in it: a parameter, or the loss
+
+
 def find_culprit(
     model: nn.Module,
     micro_batches: Sequence[Batch],
     backward: Callable[[Batch], Iterator[tuple[Tensor | None, bool]]],
-) -> int | None:
-    """Number of the first micro-batch whose own loss or gradient is not finite, None if none is."""
+) -> Culprit | None:
+    """The first micro-batch whose own loss or gradient is not finite, None if none is.
+
+    Where: the last parameter in the model's order with such a gradient, which backward met first.
+    """
     for number, batch in enumerate(micro_batches):
         for parameter in model.parameters():
             parameter.grad = None
         loss, _ = next(backward(batch))
-        found = [p.grad for p in model.parameters() if p.grad is not None]
-        if (loss is not None and not loss.isfinite()) or not all(
-            bool(g.isfinite().all()) for g in found
-        ):
-            return number
+        if loss is not None and not loss.isfinite():
+            return number, "the loss"
+        grads = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        bad = [name for name, grad in grads if not bool(grad.isfinite().all())]
+        if bad:
+            return number, f"the gradient of {bad[-1]}"
     return None
 
 
@@ -109,7 +116,7 @@ def are_finite(*numbers: float) -> bool:
 
 def non_finite(
     step: int,
-    micro: int | None,
+    culprit: Culprit | None,
     micro_rows: int,
     rows: Rows,
     loss: float,
@@ -117,12 +124,13 @@ def non_finite(
     saved: int,
     device: torch.device,
 ) -> InputError:
-    """The error for update `step`: micro-batch `micro` of this rank, or of the last that has one.
+    """The error for update `step`: the micro-batch of this rank, or of the last that has one.
 
     saved: step of the last checkpoint. All ranks must call.
     """
     rank, world = ranks.rank(), ranks.world_size()
-    found = int(parallel.max_over_ranks(-1 if micro is None else rank * 10**6 + micro, device))
+    here = -1 if culprit is None else rank * 10**6 + culprit[0]
+    found = int(parallel.max_over_ranks(here, device))
     where = "no micro-batch by itself"
     if found >= 0:
         guilty, number = divmod(found, 10**6)
@@ -130,6 +138,7 @@ def non_finite(
         mine = numbers[number * micro_rows : (number + 1) * micro_rows].tolist()
         where = f"micro-batch {number} of rank {guilty}, rows {' '.join(map(str, mine[:8]))}"
         where += " ..." if len(mine) > 8 else ""
+        where += f", {culprit[1]}" if culprit and found == here else ""
     kept = f"step_{saved}" if saved else "the beginning"
     return InputError(
         f"loss or gradient is not finite at step {step}",

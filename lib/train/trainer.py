@@ -160,9 +160,9 @@ def train(job: Job) -> Outcome:
                     scaler.went_well()
                 elif seen:
                     if state.leave_out() > settings.skip_steps:
-                        micro = safety.find_culprit(model, parts, backward)
+                        found = safety.find_culprit(model, parts, backward)
                         raise safety.non_finite(
-                            done, micro, micro_rows, rows, loss, grad, committed, device
+                            done, found, micro_rows, rows, loss, grad, committed, device
                         )
                     job.warn(f"update {done} is left out: loss {loss}, gradient norm {grad}")
                 optimizer.zero_grad()
