@@ -1,6 +1,6 @@
 """The messages that the commands promise: code, what, value, remedy, one line.
 
-Two more stand elsewhere: a loss that is not finite and an interruption, tests/train/test_trainer.py.
+A loss that is not finite, and an interruption: tests/train/test_trainer.py.
 """
 
 from __future__ import annotations
