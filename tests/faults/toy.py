@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,13 +146,16 @@ def order_of(step: str) -> list[str]:
     return found
 
 
-def prepare(folder: Path, step: str, *later: str) -> Path:
-    """The toy project as `step` finds it: all that it needs has run; `later` steps are warm too."""
+def prepare(folder: Path, *steps: str, later: Sequence[str] = ()) -> Path:
+    """The toy project as `steps` find it: all that they need has run; `later` ones are warm too."""
     project = folder / "prepared"
     write_project(project)
-    warm(project, step, *later)
-    for earlier in order_of(step):
-        advance(project, earlier)
+    warm(project, *steps, *later)
+    done: list[str] = []
+    for step in steps:
+        for earlier in (s for s in order_of(step) if s not in done):
+            advance(project, earlier)
+            done.append(earlier)
     return project
 
 
@@ -300,7 +303,7 @@ def main() -> None:
     parser.add_argument("--twice", action="store_true", help="the recovery is killed too")
     given = parser.parse_args()
     steps = CHAINS.get(given.chain, (given.chain,))
-    project = prepare(given.folder, *steps)
+    project = prepare(given.folder, steps[0], later=steps[1:])
     number = getattr(errno, given.errno) if given.errno else None
     how = {"error": number, "twice": given.twice}
     points, wrong = {}, []
