@@ -17,7 +17,7 @@ import math
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,8 +32,10 @@ from lib.models._recursion import inference_flops
 from lib.models.base import build
 from lib.models.trm import Config
 from lib.train import trainer
+from lib.train.final import write_final
 from lib.train.inputs import Data
 from lib.train.job import Job
+from lib.train.session import describe_model
 
 TWINS: dict[str, dict[str, Any]] = {
     "trm": {},
@@ -60,6 +62,9 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=list(TWINS))
     parser.add_argument("--ladder", action="store_true", help="also the plain models by depth")
     parser.add_argument("--val-bytes", type=int, default=100_000)
+    parser.add_argument(
+        "--models", type=Path, help="folder for the finished models, to be exported"
+    )
     parser.add_argument("--table", action="store_true", help="no training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -114,6 +119,12 @@ def train_one(
         outcome = trainer.train(job)
     seconds = time.process_time() - began
     best = build(trm, config, data.store.vocab_size, weights=outcome.weights).eval()
+    if arguments.models:
+        identity = {"model": asdict(config), "tokenizer": data.tokenizer.fingerprint}
+        described = describe_model("trm", identity, data.store.vocab_size, context)
+        about = {"boundary": data.store.boundary, "steps": settings.steps, "seed": seed}
+        place = arguments.models / f"{name}_{seed}"
+        write_final(place, outcome.weights, described, about, Path(arguments.tokenizer))
     rules = Rules.of(data.tokenizer, data.store.boundary, context)
     scorer = ExitScorer(model=best, rules=rules, token_bytes=data.tokenizer.token_bytes)
     taken, size = [], 0

@@ -103,7 +103,15 @@ def test_numbers_of_two_texts_are_never_in_one_chart(page):
 
 
 def test_depth_controls_tasks_and_what_is_missing_are_shown(page):
-    for text in ("Depth of thought", "Controls", "phase1", "order, ", "word overlap", "0.500"):
+    for text in (
+        "Depth of thought",
+        "phi) was not done",
+        "Controls",
+        "phase1",
+        "order, ",
+        "word overlap",
+        "0.500",
+    ):
         assert text in page, text
     assert "wide: not trained yet" in page and "late.gz" in page
 

@@ -194,7 +194,8 @@ def depth(found: Found) -> str:
         [run for run in found.runs if len(run.tables["depth"]) > 1],
         "depth",
         "Bits per byte of one pass, read out after every supervision step; runs with one step only "
-        "are left out.",
+        "are left out. How many blocks of a plain model a loop is worth (phi) was not done: that "
+        "needs plain models of several depths.",
     )
 
 
