@@ -176,7 +176,12 @@ def _push(command: argparse.ArgumentParser) -> None:
 def _scratch(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("action", choices=("list", "verify", "gc", "push", "pull"))
-    add("place", nargs="?", metavar="FOLDER", help="of push and pull: a folder, local or mounted")
+    add(
+        "place",
+        nargs="?",
+        metavar="STORE",
+        help="of push and pull: a folder, or a URL such as s3://bucket/scratch",
+    )
     add("--key", action="append", default=[], metavar="KEY", help="these only; repeatable")
     add("--yes", action="store_true", help="gc: remove, do not ask")
 

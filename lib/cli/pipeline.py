@@ -103,6 +103,8 @@ def _state(
     unfinished = work is not None and not (work / "done.json").is_file()
     if absent and unfinished and (step := last_step(work)) is not None:
         return State(stage=name, state="interrupted", step=step, reason=f"at step {step}")
+    if absent and work is not None and unfinished and any(work.glob("units/*")):
+        return State(stage=name, state="interrupted", reason="its finished units are kept")
     if locked is None or absent:
         return State(stage=name, state="missing", reason=absent[0] if absent else "never run")
     if reason := _changed(body, locked, deps, raw):

@@ -18,7 +18,7 @@ from lib.cli import estimate, machines
 from lib.cli import main as cli
 from lib.cli.commands import chat
 from lib.cli.commands.config import load_profile
-from lib.core import artifact, files, params
+from lib.core import files, params
 from lib.core.artifact import Manifest
 from lib.core.lock import exclusive_lock
 from tests.conftest import ROOT
@@ -154,6 +154,10 @@ def test_status_tells_missing_done_stale_and_running(kumiki, project):
         return json.loads(kumiki("status", "--json")[1])["stages"][0]
 
     assert state()["state"] == "missing"
+    units = project / "data/work/extract_texts/abc/units"
+    files.write_bytes(units / "one", b"1")
+    assert state()["state"] == "interrupted" and "units are kept" in state()["reason"]
+    shutil.rmtree(project / "data/work")
     (project / "made.txt").write_text("x")
     from lib.cli import pipeline
 
@@ -367,8 +371,30 @@ def test_push_and_pull_bring_keys_back(kumiki, project, tmp_path):
     shutil.rmtree(project / "scratch")
     assert kumiki("scratch", "pull", store)[0] == 0
     assert kumiki("scratch", "verify")[0] == 0
-    assert kumiki("scratch", "push", "s3://bucket")[0] == 2
-    assert artifact.scratch_root().is_dir()
+    assert "0 keys copied" in kumiki("scratch", "pull", store)[1], "what is there is not fetched"
+    code, _, err = kumiki("scratch", "push", "nowhere://bucket")
+    assert code == 2 and "no such store: nowhere://bucket" in err and "name a folder" in err
+
+
+def test_a_store_behind_a_url_gives_whole_keys_or_none(kumiki, project):
+    """`memory://` stands for s3:// and its like: fsspec, not a folder."""
+    import fsspec
+
+    store, fs = "memory://scratch", fsspec.filesystem("memory")
+    assert kumiki("scratch", "push", store)[0] == 0
+    notes = fs.glob("/scratch/*/*/whole.json")
+    ids = next(path for path in fs.find("/scratch/tokens") if path.endswith("train_00000.bin"))
+    shutil.rmtree(project / "scratch")
+    fs.pipe_file(ids, fs.cat_file(ids)[:-1] + b"?")
+    code, _, err = kumiki("scratch", "pull", store)
+    assert code == 3 and "sha256 differs" in err and "train_00000.bin" in err
+    assert not list((project / "scratch/tokens").glob("[0-9a-f]*[0-9a-f]")), "nothing half"
+    text = fs.cat_file(notes[0]).decode().replace("train_00000.bin", "../../x")
+    fs.pipe_file(notes[0], text.encode())
+    code, _, err = kumiki("scratch", "pull", store)
+    assert code == 3 and "name leaves its folder: ../../x" in err
+    fs.rm(notes[0])
+    assert "0 keys copied" in kumiki("scratch", "pull", store)[1], "no note, no key"
 
 
 # ---------------------------------------------------------------- push

@@ -18,9 +18,10 @@ from typing import Any
 
 from lib.cli import pipeline, tables
 from lib.cli.console import note
+from lib.cli.stores import Store
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
-from lib.core.errors import InputError, UserError
+from lib.core.errors import InputError, UserError, redact
 from lib.export import amounts
 
 LOCKED = re.compile(r"path: (\S+\.manifest\.json)\n\s+hash: md5\n\s+md5: (\w+)")
@@ -163,35 +164,23 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def copy(arguments: argparse.Namespace) -> None:
-    """Copy keys to or from a folder: whole, under their own names, those that are not there yet."""
-    if arguments.place is None or "://" in arguments.place:
-        raise UserError(
-            "not a folder",
-            value=arguments.place,
-            remedy="name a folder; mount the remote, or use its own tool on scratch/<kind>/<key>",
-        )
-    here, there = artifact.scratch_root(), Path(arguments.place)
-    source, target = (here, there) if arguments.action == "push" else (there, here)
-    if not source.is_dir():
-        raise UserError("no such folder", value=source, remedy="name the folder of a former push")
+    """Copy keys to or from a store: whole, under their own names, those that are not there yet."""
+    if arguments.place is None:
+        raise UserError("no store", value=arguments.action, remedy="name a folder or a URL")
+    store, pushing = Store(arguments.place), arguments.action == "push"
+    root = artifact.scratch_root()
+    here = sorted((p.parent.name, p.name) for p in root.glob("*/*") if p.is_dir())
+    source, target = (here, store.keys()) if pushing else (store.keys(), here)
     copied: list[dict[str, Any]] = []
-    for folder in sorted(p for kind in KINDS for p in (source / kind).glob("*") if p.is_dir()):
-        place = target / folder.parent.name / folder.name
-        if place.exists() or (arguments.key and folder.name not in arguments.key):
+    for kind, key in source:
+        if kind not in KINDS or (kind, key) in target:
             continue
-        total = pipeline.total_bytes(folder)
-        files.check_space(target, total)
-        with files.atomic_folder(place) as part:
-            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                if path.name == artifact.STAMPS or path.suffix == ".lock":
-                    continue  # of this disk, this process
-                out = part / path.relative_to(folder)
-                with files.atomic_file(out) as stream, path.open("rb") as data:
-                    while block := data.read(1 << 20):
-                        stream.write(block)
-        copied.append({"kind": folder.parent.name, "key": folder.name, "bytes": total})
-        note(f"{folder.parent.name}/{folder.name}: {amounts.size(total)}")
+        if not arguments.key or key in arguments.key:
+            total = store.push(kind, key) if pushing else store.pull(kind, key)
+            copied.append({"kind": kind, "key": key, "bytes": total})
+            note(f"{kind}/{key}: {amounts.size(total)}")
     if arguments.json:
         tables.put_json({"copied": copied})
     else:
-        tables.put([f"{len(copied)} keys copied to {target}"])
+        place = arguments.place if pushing else root
+        tables.put([redact(f"{len(copied)} keys copied to {place}")])
