@@ -12,6 +12,9 @@ from typing import ClassVar
 
 import pytest
 
+from lib.core.run_settings import Hub as HubSettings
+from lib.train.sinks import HubPush
+from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
 
 TOKEN = "hf_" + "secretsecretsecret"
@@ -77,11 +80,16 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
+def environment_of(hub: str) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+
+
 def push(project: Path, hub: str, *words: str):
-    environment = {"HF_ENDPOINT": hub, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
     return run_module(project, "lib.cli.main", "push", "gpt", "--repo", "me/x", *words,
-                      environment=environment)  # fmt: skip
+                      environment=environment_of(hub))  # fmt: skip
 
 
 def test_every_file_arrives_with_a_card_of_the_project(project, hub):
@@ -120,3 +128,22 @@ def test_an_unreachable_hub_is_the_environments(project):
 def test_nobody_is_asked_without_a_terminal(project, hub):
     done = push(project, hub)
     assert done.returncode == 2 and b"add --yes" in done.stderr and not Hub.asked
+
+
+def test_the_push_beside_a_run_sends_every_file(project, hub, monkeypatch):
+    """lib.train.sinks, a process of its own: the same hub; what it warns of holds no token."""
+    folder = project / "checkpoints/gpt/export"
+    wanted = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    for name, value in environment_of(hub).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for refused in (False, True):
+        told: list[str] = []
+        warned: list[str] = []
+        sink = HubPush(HubSettings(repo="me/x"), told.append, warned.append)
+        Hub.refuse.extend([403] * refused)
+        sink.start(folder)
+        sink.close()
+        assert Hub.files.keys() == wanted and Hub.tokens == {f"Bearer {TOKEN}"}
+        assert len(warned) == refused and TOKEN not in str(warned)
+        assert told == ["1 pushes to me/x" + ", 1 failed" * refused]
