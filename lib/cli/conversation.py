@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lib.cli.console import note
+from lib.data import chat
 from lib.export.generate import Carried, Generation, Sampling, TextStream
 from lib.export.saved import Opened
-
-CHAT_IDS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Conversation:
 
     def prompt(self) -> list[int]:
         """All turns as ids, the oldest left out where the context is full."""
-        opening = [self.opened.tokenizer.specials[CHAT_IDS[2]]] if self.chat else []
+        opening = [self.opened.tokenizer.specials[chat.IDS[2]]] if self.chat else []
         room = self.opened.model.max_context
         start = self.opened.start_ids
         fixed = len(start) + len(opening) + 1

@@ -107,7 +107,8 @@ class HubDatasetSource:
     max_eval_samples: int
     text_field: str | tuple[str, ...] | None = None  # a list of fields is joined by newlines
     messages_field: str | None = None  # list of {role, content}
-    join: str = "{content}\n"  # how one message is written; the last newline is dropped
+    # How one message is written, the last newline dropped; or `chat`: framed for `template: chat`.
+    join: str = "{content}\n"
     shuffle: SampleShuffle | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +122,12 @@ class HubDatasetSource:
                 "use 1 or more",
             ),
             (self.max_eval_samples < 1, "max_eval_samples", self.max_eval_samples, "use 1 or more"),
-            ("{content}" not in self.join, "join", self.join, "it must contain {content}"),
+            (
+                "{content}" not in self.join and self.join != "chat",
+                "join",
+                self.join,
+                "it must contain {content}, or be chat",
+            ),
         )
 
 
@@ -359,6 +365,7 @@ class Encoding:
     documents: str  # a recipe of extract_texts
     tokenizer: str  # a name of train_tokenizer
     boundary: Literal["bos", "eos", "both", "none"] = "bos"
+    template: Literal["none", "chat"] = "none"  # chat: turns of `join: chat` by their ids
     truncate_tokens: int | None = None  # content ids kept of a training document
     context: int = 256  # T: a row has T + 1 ids
     packing: Literal["bestfit", "stream"] = "bestfit"

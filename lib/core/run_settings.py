@@ -42,6 +42,7 @@ class Train:
     tokens: str | None = None  # the encoding it reads, a name of encode_tokens
     model: Any = None  # overlay of model.<family> for this run
     init_from: str | None = None  # folder of another run's final model: weights only, step 0
+    loss_on: Literal["all", "assistant"] = "all"  # assistant: of conversations, its turns alone
     # length: the first that is given, in this order
     steps: int | None = None
     epochs: float | None = None  # passes over all rows

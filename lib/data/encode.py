@@ -23,6 +23,7 @@ from lib.core.data_settings import Encoding
 from lib.core.errors import InputError, UserError
 from lib.core.process import PoolMap
 from lib.core.rng import derive_seed
+from lib.data import chat
 from lib.data.pack import Documents, PackCounts, RowBlock, pack_bestfit, pack_stream
 from lib.data.parts import Part, PartCounts, Unit, encode_part, open_cached
 from lib.data.recipe import MixtureReport, Visits, hash_order, mix
@@ -67,6 +68,8 @@ def plan_encoding(
                 value=f"boundary: {settings.boundary}",
                 remedy="choose another boundary for this encoding",
             )
+    if framed := settings.template == chat.JOIN:
+        chat.require_ids(tokenizer)
     recipe = {
         "stage": "encode_tokens",
         "rev": REVISION,
@@ -76,6 +79,7 @@ def plan_encoding(
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
+            **({"template": settings.template} if framed else {}),
         },
         "inputs": {"documents": documents.sha256, "tokenizer": tokenizer.fingerprint},
     }
@@ -99,6 +103,7 @@ def plan_encoding(
                 boundary=settings.boundary,
                 truncate_tokens=settings.truncate_tokens,
                 threads=threads,
+                framed=framed,
             )
         )
         numbers[split] += 1
@@ -155,7 +160,7 @@ def encode(plan: Plan, pool_map: PoolMap, log: Log, task: int | None = None) -> 
             kind="tokens",
             recipe=plan.recipe,
             files=(*entries, *row_entries),
-            counts={**{s: asdict(t) for s, t in totals.items()}, **about_rows},
+            counts={**{s: t.plain() for s, t in totals.items()}, **about_rows},
         )
 
 
@@ -178,6 +183,8 @@ def _count(plan: Plan, parts: list[Part]) -> dict[Split, PartCounts]:
             found = by_source.get((split, source), PartCounts())
             for name in ("documents", "bytes"):
                 given, got = wanted[name], getattr(found, name)
+                if name == "bytes" and plan.settings.template == chat.JOIN:
+                    got += found.frame_bytes
                 assert given == got, f"{split} {source}: {given} {name} extracted, {got} encoded"
         held = totals[split].content_bytes
         assert not plan.lossless or held == totals[split].bytes, (

@@ -22,6 +22,7 @@ from lib.core.artifact import FileEntry
 from lib.core.data_settings import HubDatasetSource
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.progress import watched
+from lib.data import chat
 from lib.data.shards import ShardFolder, write_parquet
 
 SHARD_ROWS, ROW_GROUP = 8192, 1024
@@ -189,11 +190,16 @@ def text_of(sample: dict[str, Any], source: HubDatasetSource) -> str | None:
 def _join_messages(messages: Any, join: str) -> str | None:
     if not isinstance(messages, list) or not messages:
         return None
-    written = []
+    turns = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             return None
-        fields = {"content": message["content"], "role": str(message.get("role", ""))}
+        turns.append((str(message.get("role", "")), message["content"]))
+    if join == chat.JOIN:
+        return chat.frame(turns)
+    written = []
+    for role, content in turns:
+        fields = {"content": content, "role": role}
         # one pass: a brace inside a message is text
         written.append(re.sub(r"\{(content|role)\}", lambda m, f=fields: f[m[1]], join))
     return "".join(written).removesuffix("\n")

@@ -11,7 +11,7 @@ Note:  memory is one batch of about 2 MB of text, whatever the part holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from lib.core import files
 from lib.core.errors import InputError
+from lib.data import chat
 from lib.data.tokenizer import Tokenizer
 from lib.data.tokens import INT64, Split, id_dtype, part_name
 
@@ -43,6 +44,7 @@ class Unit:
     boundary: str
     truncate_tokens: int | None  # train only
     threads: int  # changes no byte
+    framed: bool = False  # documents are conversations (lib.data.chat)
 
     @property
     def ids_path(self) -> Path:
@@ -65,6 +67,11 @@ class PartCounts:
     truncated_documents: int = 0
     truncated_tokens: int = 0  # content ids dropped by `truncate_tokens`
     checked_documents: int = 0  # decoded again and compared
+    frame_bytes: int = 0  # of conversations: what stands around contents, and becomes chat ids
+
+    def plain(self) -> dict[str, int]:
+        """By name; without the frames where there are none."""
+        return {n: v for n, v in asdict(self).items() if v or n != "frame_bytes"}
 
     def add(self, other: PartCounts) -> None:
         """Add the numbers of another part."""
@@ -96,9 +103,9 @@ def encode_part(unit: Unit) -> Part:
     counts, sizes = PartCounts(), []
     with files.atomic_file(unit.ids_path) as out:
         for batch in _read_batches(unit.part):
-            ids, lengths = _encode_batch(batch, unit, tokenizer, counts)
+            ids, lengths, held = _encode_batch(batch, unit, tokenizer, counts)
             out.write(ids.tobytes())
-            sizes.append(np.stack([lengths, batch.bytes], axis=1))
+            sizes.append(np.stack([lengths, held], axis=1))
     with files.atomic_file(unit.side("documents.bin")) as documents:
         for block in sizes:
             documents.write(block.astype(INT64).tobytes())
@@ -179,9 +186,15 @@ def _cuts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _encode_batch(
     batch: _Batch, unit: Unit, tokenizer: Tokenizer, counts: PartCounts
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the batch with boundaries, in the stored dtype, and the length of each document."""
-    encoded = tokenizer.encode_batch(batch.texts, unit.threads)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of the batch with boundaries, in the stored dtype; length, text bytes by document."""
+    if unit.framed:
+        encoded, contents = chat.encode(batch.texts, tokenizer, unit.threads)
+        sizes = np.array([len(text.encode()) for text in contents], np.int64)
+        counts.frame_bytes += int((batch.bytes - sizes).sum())
+        batch = replace(batch, texts=contents, bytes=sizes)
+    else:
+        encoded = tokenizer.encode_batch(batch.texts, unit.threads)
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     flat = _flatten(encoded, lengths, id_dtype(tokenizer.vocab_size))
     if tokenizer.lossless:
@@ -197,7 +210,7 @@ def _encode_batch(
         flat, lengths = flat[place < limit], kept
     flat, lengths = _add_boundaries(flat, lengths, unit.boundary, tokenizer)
     counts.tokens += len(flat)
-    return flat, lengths
+    return flat, lengths, batch.bytes
 
 
 def _flatten(encoded: list[Any], lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:

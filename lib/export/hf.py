@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lib.core import files
 from lib.core.errors import InputError, UserError, redact
+from lib.data import chat
 from lib.export.gguf import has_gguf
 from lib.models.base import Native
 
@@ -226,6 +227,9 @@ def _write_tokenizer(what: Exportable, folder: Path) -> None:
         "model_max_length": what.model.max_context,
         **{name: text for name, text in special.items() if text is not None},
     }
+    if (source / chat.CARD).is_file():  # the rows were framed: both kinds of readers frame theirs
+        config["chat_template"] = chat.JINJA
+        files.write_bytes(folder / chat.CARD, (source / chat.CARD).read_bytes())
     _write_json(folder / "tokenizer_config.json", config)
 
 

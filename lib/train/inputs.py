@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from lib.core import artifact
 from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.run_settings import Train
+from lib.data import chat
 from lib.data.embeddings import Embeddings
 from lib.data.loader import Chunks, Loader
 from lib.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +36,17 @@ from lib.train.final import Final
 from lib.train.plan import Plan
 
 SAMPLE_TOKENS, SAMPLES = 48, 2
+
+
+def said(ids: Tensor, *, opens: int, closes: Tensor) -> Tensor:
+    """Of rows (B, n): which ids stand after `opens` with none of `closes` between; bool.
+
+    The id that closes counts too: a model has to learn to stop.
+    """
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device).expand_as(ids)
+    marks = (ids == opens, torch.isin(ids, closes.to(ids.device)))
+    last_open, last_close = ((place * mark).cummax(1).values for mark in marks)
+    return F.pad((last_open > last_close)[:, :-1], (1, 0))
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,18 @@ class Data:
         if stream_rows is not None:
             return Chunks(self.store, stream_rows)
         return Loader(self.store, plan.batch_tokens, self.seed, plan.rows_by_step)
+
+    def answers(self, loss_on: str) -> Callable[[Tensor], Tensor] | None:
+        """Which ids of rows are targets; None: all. UserError where no turns are framed."""
+        if loss_on == "all":
+            return None
+        if self.store.template != chat.JOIN:
+            raise UserError(
+                "no conversations to tell apart", value="loss_on: assistant",
+                remedy="give the encoding template: chat, its source join: chat",
+            )  # fmt: skip
+        opens, closes = chat.limits(self.tokenizer)
+        return partial(said, opens=opens, closes=torch.tensor(closes))
 
     def first_rows(self, count: int) -> np.ndarray:
         """The first packed rows, at most `count`: (rows, T + 1)."""

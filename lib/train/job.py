@@ -61,10 +61,11 @@ def cut(
     device: torch.device,
     numbered: Rows | None,
     pieces: int = 1,
+    answers: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Batch]:
     """The micro-batches of a rank's rows (rows, T + 1); numbered: knows which packed rows.
 
-    pieces: shorter rows that each row is read as.
+    pieces: shorter rows that each row is read as. answers: which ids of rows are targets, all.
     """
     own = None
     if numbered is not None:
@@ -75,9 +76,14 @@ def cut(
     first_rows = range(ranks.rank() * len(ids), (ranks.rank() + 1) * len(ids), micro_rows)
     length = (ids.shape[1] - 1) // pieces
     shorter = (lambda x: x.reshape(-1, length)) if pieces > 1 else (lambda x: x)
+
+    def targets(part: Tensor) -> Tensor:
+        kept = part if answers is None else part.masked_fill(~answers(part), -1)
+        return shorter(kept[:, 1:])
+
     return [
         Batch(
-            tokens=shorter(part[:, :-1]), targets=shorter(part[:, 1:]), step=step,
+            tokens=shorter(part[:, :-1]), targets=targets(part), step=step,
             first_row=first * pieces, rows=numbers, of=len(parts) * ranks.world_size(),
         )
         for part, first, numbers in zip(parts, first_rows, of, strict=True)
@@ -100,6 +106,7 @@ class Job:
     work: Path  # checkpoints and logs
     identity: Mapping[str, Any]  # what a checkpoint must agree in
     extra: Mapping[str, Any] = field(default_factory=dict)  # kept in checkpoints: code, parents
+    answers: Callable[[Tensor], Tensor] | None = None  # which ids are targets; None: all
     bytes_per_token: float = 0.0  # of the training text
     validate: Callable[[Family], float | None] = lambda model: None  # bits per byte
     sample: Callable[[Family], list[str]] = lambda model: []

@@ -26,6 +26,7 @@ from lib.core.errors import EnvError, KumikiError, UserError
 from lib.core.params import typed
 from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
+from lib.data import chat
 from lib.export import hf
 from lib.models.base import Family, load_family
 from lib.nn.stream import Streaming, open_stream
@@ -122,6 +123,7 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
                 "seed": seed,
             },
             extra={"code": run.code, "parents": parents_of(identity)},
+            answers=data.answers(settings.loss_on),
             bytes_per_token=data.bytes_per_token,
             validate=data.validator(settings, device, dtype)
             if model.predicts
@@ -241,6 +243,8 @@ def write_result(
         job.log(f"model.{family}.{key}: {value:.4g}, found on validation text")
     model = {"model": {**identity["model"], **settled}}
     config = describe_model(family, {**identity, **model}, vocab_size, job.context)
+    if "template" in Manifest.read(run.inputs["tokens"]).recipe["params"]:
+        beside = {**beside, chat.CARD: chat.card()}
     write_final(run.result, outcome.weights, config, provenance, run.inputs["tokenizer"], beside)
     outcome.observer.write_curves(run.files_beside("curves"))
     job.model.finish()

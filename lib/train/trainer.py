@@ -90,7 +90,7 @@ def train(job: Job) -> Outcome:
     def updates(arrays: Iterator[Any]) -> Iterator[tuple[int, Any, list[Tensor], bool]]:
         """(step, micro-batches, their losses, last of its batch) with the gradients in place."""
         for step, ids in enumerate(arrays, start=position.step):
-            parts = cut(ids, step, micro_rows, device, numbered, plan.pieces.at(step))
+            parts = cut(ids, step, micro_rows, device, numbered, plan.pieces.at(step), job.answers)
             for found in zip(*map(backward, parts), strict=True):
                 yield step, parts, [x for x, _ in found if x is not None], found[0][1]
 
@@ -115,7 +115,9 @@ def train(job: Job) -> Outcome:
         ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            for loss, _ in backward(cut(ids, position.step, micro_rows, device, numbered)[0]):
+            for loss, _ in backward(
+                cut(ids, position.step, micro_rows, device, numbered, answers=job.answers)[0]
+            ):
                 float(loss or 0)  # waits for the device
         return time.monotonic() - began
 

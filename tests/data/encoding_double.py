@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from lib.core import files
 from lib.core.artifact import Manifest, describe, scratch_folder
 from lib.core.data_settings import Encoding
+from lib.data.bpe import SPECIALS
 from lib.data.encode import encode, plan_encoding
 from lib.data.tokenizer import Tokenizer, take_gpt2
 from lib.data.tokens import TokenStore
@@ -39,6 +41,14 @@ class ArrayTokenizer(ByteTokenizer):
 
     def encode_batch(self, texts: list[str], threads: int) -> list:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+
+class ChatTokenizer(ByteTokenizer):
+    """Bytes, and the nine specials of ours behind them."""
+
+    vocab_size, fingerprint, eos_id = 256 + len(SPECIALS), "c" * 64, None
+    specials = MappingProxyType({name: 256 + i for i, name in enumerate(SPECIALS)})  # bos first
+    token_bytes = np.array([1] * 256 + [0] * len(SPECIALS), np.int32)
 
 
 class LossyTokenizer(ByteTokenizer):

@@ -16,7 +16,7 @@ from lib.core.data_settings import DownloadShards, HubDatasetSource, SampleShuff
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.process import worker_pool
 from lib.core.run_settings import Runtime
-from lib.data import hub, sources
+from lib.data import chat, hub, sources
 from lib.data.shards import ShardFolder
 from tests.conftest import ROOT
 
@@ -194,6 +194,8 @@ def test_fields_and_messages_become_one_text():
     assert text(talk, messages_field="m") == "a {role}\nb"
     join = "{role}: {content}\n"
     assert text(talk, messages_field="m", join=join) == "user: a {role}\nassistant: b"
+    turns = [("user", "a {role}"), ("assistant", "b")]
+    assert chat.unframe(text(talk, messages_field="m", join="chat")) == turns
     assert text({"m": []}, messages_field="m") is None
     assert text({"m": [{"role": "user", "content": None}]}, messages_field="m") is None
     pair = {"q": "why", "a": "so", "n": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.core import files
 from lib.core.data_settings import BpeTokenizer
 from lib.core.errors import InputError, UserError
+from lib.data import chat
 from lib.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, write_tokenizer
 from lib.export import hf
 from lib.export.generate import Sampling, generate
@@ -195,6 +198,28 @@ def test_export_restores_the_familys_own_weights(tokenizer_folder, tmp_path):
         with torch.no_grad():
             assert torch.equal(model(TOKENS)[0], ours(what))
         assert load_tokenizer(tmp_path / form / hf.TOKENIZER).fingerprint == note["tokenizer"]
+
+
+def test_a_template_is_written_where_rows_were_framed_and_gives_their_ids(
+    tokenizer_folder, tmp_path
+):
+    """transformers' template and our encoding must make the same ids of a conversation."""
+    from transformers import AutoTokenizer
+
+    what = exportable(tokenizer_folder)
+    hf.export(what, tmp_path / "plain")
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template is None
+    source = tmp_path / "final"
+    shutil.copytree(tokenizer_folder, source)
+    files.write_json(source / chat.CARD, chat.card())
+    hf.export(replace(what, tokenizer_folder=source), tmp_path / "framed")
+    talk = [("user", "the list"), ("assistant", "of values")]
+    (ids,), _ = chat.encode([chat.frame(talk)], what.tokenizer, 1)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "framed").apply_chat_template(
+        [{"role": role, "content": content} for role, content in talk], return_dict=False
+    )
+    assert theirs == [what.tokenizer.bos_id, *ids.tolist()]
+    assert (tmp_path / "framed" / chat.CARD).is_file()
 
 
 def test_files_are_plain_and_equal_every_time(tokenizer_folder, tmp_path):

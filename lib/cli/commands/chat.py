@@ -15,9 +15,10 @@ from pathlib import Path
 
 from lib.cli.commands.generate import open_named
 from lib.cli.console import note, write
-from lib.cli.conversation import CHAT_IDS, Conversation
+from lib.cli.conversation import Conversation
 from lib.core import files
 from lib.core.errors import Interrupted, UserError, relative
+from lib.data.chat import CARD, IDS
 from lib.export import saved
 from lib.export.generate import Sampling
 from lib.export.saved import Opened
@@ -60,12 +61,12 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 def has_template(opened: Opened, wanted: str) -> bool:
     """Whether turns are framed: the tokenizer has the ids, and the model was trained with them."""
     specials = opened.tokenizer.specials
-    able = all(name in specials for name in CHAT_IDS)
+    able = all(name in specials for name in IDS)
     if wanted == "chat" and not able:
         raise UserError(
             "tokenizer has no chat ids", file=opened.folder, remedy="use --template plain"
         )
-    card = opened.folder / "chat_template.json"
+    card = opened.folder / CARD
     return wanted == "chat" or (wanted == "auto" and able and card.is_file())
 
 
