@@ -30,6 +30,7 @@ from lib.models import cvfp
 from lib.models.base import build
 from lib.nn.first_sweep import HALO_ROWS
 from lib.nn.halo import Repairs, halo, warm_tokens
+from lib.nn.sweeps import Sweeps
 
 D, DEPTH, VOCAB = 768, 6, 50_257
 LEARNING_FLOPS = 20.1e6  # a token: forward and backward of the state side, cvfp.md 15.2
@@ -242,22 +243,28 @@ def reading(folder: Path, tokens: int, turns: int) -> None:
 
 
 def memory(folder: Path, tokens: int) -> None:
-    """Sweep 0 over `tokens` tokens, then pass 1 of a learning chunk and a part of its pass 2.
+    """Sweep 0 of a chunk, then pass 1 of its learning step and a part of pass 2.
 
-    The rest of pass 2 takes no more: the peak is printed on the way.
+    The other chunks are as large but hold zeros: what is done to them takes the same memory again.
     """
     os.environ["KUMIKI_SCRATCH"] = str(folder)
     chunk = min(tokens, 1_000_000)
     model, began = model_of(tokens, chunk, folder / "memory", 2**30), time.process_time()
     chunks = -(-tokens // chunk)
-    for number in range(chunks):
-        step(model, number)
+    step(model, 0)
+    solver: Any = model.solver
+    disk: Sweeps = solver.state.open()
+    for j in range(1, chunks):
+        writer, (start, stop) = disk.writer(0, j), disk.span(j)
+        for first in range(start, stop, 8192):
+            writer.put(torch.zeros(min(8192, stop - first), D))
+        disk.commit({"sweep": 0, "chunk": j, "crc32": writer.finish()})
     say(f"sweep 0: {tokens:,} tokens, peak {peak_bytes() / 1e9:.2f} GB")
     batch: Any = SimpleNamespace(tokens=None, targets=None, step=chunks, rows=None)
     for number, loss in enumerate(model.losses(batch)):
         if number % 64 == 0:
             say(f"micro-batch {number}: peak {peak_bytes() / 1e9:.2f} GB")
-        if number == 256:
+        if number == 128:
             break
         backward(loss)
     seconds, planned = time.process_time() - began, model.planned_bytes() / 1e9
