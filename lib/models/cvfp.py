@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.core.errors import UserError
-from lib.core.params import typed
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
-from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights, load_family
+from lib.models._hidden import frozen_of, take_blocks
+from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights
 from lib.nn import probes
 from lib.nn.arms import controls, starts_from_weights, verdict
-from lib.nn.context import EPS, Layer, Weights, initial, shifts, trajectory
+from lib.nn.context import EPS, Layer, Weights, initial, leaky_trace, shifts, trajectory
 from lib.nn.exact import Exact
-from lib.nn.frozen import Frozen
 from lib.nn.handover import take_phase1
 from lib.nn.jacobi import Jacobi
-from lib.nn.solver import Solver
+from lib.nn.solver import Solved, Solver
 from lib.nn.stream_contexts import StreamContexts
 
 __all__ = ["Config", "Model", "controls", "starts_from_weights", "verdict"]
@@ -178,7 +177,7 @@ class Config:
         return int(self.token_depth or self.get("depth"))
 
 
-class Model(Family):
+class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver's
     """Token table -> context block -> token block -> head; which of them depends on the phase."""
 
     activation_bytes = 2**30  # graphs of a step that may be kept, runtime.activation_bytes
@@ -249,27 +248,11 @@ class Model(Family):
                 value=f"embeddings {table.shape[1]}, model.cvfp.width {self.config.width}",
                 remedy=f"set model.cvfp.width: {table.shape[1]}",
             )
-        self._take_blocks(source)
+        if self.config.hidden is not None or source.hidden is not None:
+            take_blocks(self, source)
         with torch.no_grad():
             self.reset_id.fill_(-1 if source.reset_id is None else source.reset_id)
             self.embedding.weight.copy_(table)
-
-    def _take_blocks(self, source: Any) -> None:
-        """The frozen blocks behind `source`; UserError where the config knows others, or none."""
-        own, theirs = self.config.hidden, source.hidden
-        if own is None and theirs is None:
-            return
-        if own is not None and theirs is not None:
-            mine = typed_model(own.family, own.model), own.layer, own.context
-            if own.family == theirs["family"] and mine == (
-                typed_model(own.family, theirs["model"]), theirs["layer"], theirs["context"],
-            ):  # fmt: skip
-                self.frozen.load_state_dict(source.blocks())
-                return
-        raise UserError(
-            "token vectors are of other hidden states", value=f"embeddings {theirs}, model {own}",
-            remedy="set model.cvfp.hidden to what precompute_embeddings was made with",
-        )  # fmt: skip
 
     def contextual(
         self, tokens: Tensor, state: Mapping[str, Any] | None = None
@@ -326,7 +309,7 @@ class Model(Family):
             return [torch.cat(earlier, -1)], {"tokens": tuple(after)}
         c = state["c"] if state else e.new_zeros(B, config.d)
         if config.given == "leaky":
-            z = self._leaky(e, keep, c)
+            z = leaky_trace(e, keep, c, self.leaky.weight)
             return [F.layer_norm(z, z.shape[-1:], eps=EPS)], {"c": z[-1]}
         u, tokens = self.inputs_of(e, keep, state.get("tokens"))
         weights = self.weights()
@@ -343,17 +326,6 @@ class Model(Family):
         # the last context itself is c: the next step's reset decides whether it counts
         after = {"c": Z[-1][-1], "tokens": tuple(tokens), "contexts": tuple(contexts)}
         return [torch.cat((z, *earlier), -1) if p else z for z in Z], after
-
-    def _leaky(self, e: Tensor, keep: Tensor | None, c: Tensor) -> Tensor:
-        """c_t = a c_{t-1} + sqrt(1 - a^2) R e_t, time constants from 1 to 64 tokens, (T, B, d)."""
-        i = torch.arange(self.config.d, device=e.device, dtype=e.dtype)
-        a = torch.exp(-1 / 2 ** (6 * i / max(1, self.config.d - 1)))
-        x = F.linear(e, self.leaky.weight) * (1 - a.square()).sqrt()
-        found = []
-        for t in range(len(x)):
-            c = a * (c if keep is None else c * keep[t, :, None]) + x[t]
-            found.append(c)
-        return torch.stack(found)
 
     def hidden(
         self,
@@ -530,42 +502,7 @@ class Model(Family):
         tied = 0 if self.learns_contexts or self.config.get("head") == "untied" else 1
         return 6 * (weights + tied * self.embedding.weight.numel())
 
-    # ------------------------------------------------------------ state on disk
-
-    @property
-    def stream_rows(self) -> int | None:  # type: ignore[override]  # the solver's
-        """Tokens of a step that reads the corpus as one stream; None: packed rows."""
-        return self.solver.stream_rows
-
-    def planned_bytes(self) -> float:
-        """Peak resident bytes of sweeps, whatever the length of the stream."""
-        return self.solver.planned_bytes()
-
-    def attach(self, folder: Path) -> None:
-        """Remember where the run works; files are opened at the first step."""
-        self.solver.attach(folder)
-
-    def describe(self) -> dict[str, Any]:
-        """Which files the checkpoint belongs to; what they hold their journal says."""
-        return self.solver.describe()
-
-    def flush(self) -> None:
-        """Rows durable before the manifest that counts on them."""
-        self.solver.flush()
-
-    def sweep_end(self) -> bool:
-        """Whether a checkpoint must be committed before the next step."""
-        return self.solver.sweep_end()
-
-    def finish(self) -> None:
-        """Contexts have served; `keep_contexts` spares them."""
-        self.solver.finish()
-
     # ------------------------------------------------------------ what it tells
-
-    def statistics(self) -> dict[str, Any]:
-        """`iteration` and, per sweep, the means over its chunks."""
-        return self.solver.statistics()
 
     @torch.no_grad()
     def diagnostics(self, tokens: Tensor) -> dict[str, float]:
@@ -585,26 +522,6 @@ class Model(Family):
             v = torch.randn(start.shape, generator=torch_generator(self.seed, "rho")).to(start)
             found["rho"] = probes.contraction(start, P, weights, draw=v)
         return found
-
-    def log_scalars(self) -> dict[str, float]:
-        """The terms of the last step."""
-        return self.solver.log_scalars()
-
-    def progress(self) -> str | None:
-        """The guide's lines and ours, under Jacobi; else one line of the terms."""
-        return self.solver.progress()
-
-
-def typed_model(family: str, section: Any) -> Any:
-    """Another family's Config from its section."""
-    return typed(load_family(family).Config, section or {}, "model.cvfp.hidden.model")
-
-
-def frozen_of(hidden: Hidden, vocab_size: int) -> Frozen:
-    """The blocks, weights not yet filled."""
-    body = load_family(hidden.family).Model(typed_model(hidden.family, hidden.model), vocab_size)
-    body.vocab_size = vocab_size
-    return Frozen(body, hidden.layer, hidden.context)
 
 
 class TiedHead(nn.Module):

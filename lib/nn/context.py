@@ -345,3 +345,18 @@ def shifts(
         now = now if keep is None else now * keep.to(now.dtype).unsqueeze(-1)
         found.append(now)
     return found, after
+
+
+def leaky_trace(e: Tensor, keep: Tensor | None, c: Tensor, R: Tensor) -> Tensor:
+    """c_t = a c_{t-1} + sqrt(1 - a^2) R e_t, time constants from 1 to 64 tokens, (T, B, d).
+
+    e (T, B, w), keep (T, B), c (B, d), R (d, w). Learns nothing: a control (cvfp.md 14).
+    """
+    i = torch.arange(len(R), device=e.device, dtype=e.dtype)
+    a = torch.exp(-1 / 2 ** (6 * i / max(1, len(R) - 1)))
+    x = F.linear(e, R) * (1 - a.square()).sqrt()
+    found = []
+    for t in range(len(x)):
+        c = a * (c if keep is None else c * keep[t, :, None]) + x[t]
+        found.append(c)
+    return torch.stack(found)

@@ -50,3 +50,50 @@ class Solver:
     def progress(self) -> str | None:
         """Lines below those of the step."""
         return None
+
+
+class Solved:
+    """The methods of the family contract that a family's solver answers."""
+
+    solver: Solver
+
+    @property
+    def stream_rows(self) -> int | None:  # type: ignore[override]  # the solver's
+        """Tokens of a step that reads the corpus as one stream; None: packed rows."""
+        return self.solver.stream_rows
+
+    def planned_bytes(self) -> float:
+        """Peak resident bytes of sweeps, whatever the length of the stream."""
+        return self.solver.planned_bytes()
+
+    def attach(self, folder: Path) -> None:
+        """Remember where the run works; files are opened at the first step."""
+        self.solver.attach(folder)
+
+    def describe(self) -> dict[str, Any]:
+        """Which files the checkpoint belongs to; what they hold their journal says."""
+        return self.solver.describe()
+
+    def flush(self) -> None:
+        """Rows durable before the manifest that counts on them."""
+        self.solver.flush()
+
+    def sweep_end(self) -> bool:
+        """Whether a checkpoint must be committed before the next step."""
+        return self.solver.sweep_end()
+
+    def finish(self) -> None:
+        """Contexts have served; `keep_contexts` spares them."""
+        self.solver.finish()
+
+    def statistics(self) -> dict[str, Any]:
+        """`iteration` and, per sweep, the means over its chunks."""
+        return self.solver.statistics()
+
+    def log_scalars(self) -> dict[str, float]:
+        """The terms of the last step."""
+        return self.solver.log_scalars()
+
+    def progress(self) -> str | None:
+        """The guide's lines and ours, under Jacobi; else one line of the terms."""
+        return self.solver.progress()
