@@ -71,7 +71,13 @@ KINDS: dict[str, Kind] = {
         "data/work/extract_texts/*/**/*", "extract", ("data/documents",), ran=True
     ),
     "half an encoding": Kind(
-        "data/work/encode_tokens_bpe/*/**/*", "encode", ("data/tokens", "scratch/tok"), killed_at=90
+        "scratch/tokens/*/**/*", "encode", ("data/tokens", "scratch/tok"), killed_at=100
+    ),
+    "state of a stage": Kind(
+        "data/work/encode_tokens_bpe/*/*.json",
+        "encode",
+        ("data/tokens", "scratch/tok"),
+        killed_at=100,
     ),
 }
 
