@@ -2,7 +2,8 @@
 
 After a kill the same command ends with the bytes of an undisturbed run; a full or failing disk ends
 with code 4, and the same command then does too. KUMIKI_FAULTS_EVERY=1 takes every point, as `make
-faults` does; else every `SAMPLE`-th is taken, at least one of every stage and family.
+faults` does (`toy.THIN` says where it takes a third); else every `SAMPLE`-th, at least one of every
+stage and family.
 """
 
 from __future__ import annotations
