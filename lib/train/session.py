@@ -58,6 +58,8 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
     settings, seed = run.settings.train[run.name], run.settings.seed
     device = prepare(run.runtime, run.name)
     dtype = compute_dtype(settings.precision, device)
+    if device.type != "cpu" and not kernels.unusable(device, dtype):
+        run.log("compiling kernels (first run only)")  # nothing moves for minutes
     parallel.start(device)
     hub = run.runtime.hub if ranks.rank() == 0 else None
     push = HubPush(hub, run.log, run.warn) if hub else None
