@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (about, options) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         options(command)
-        if name not in ("completion", "chat", "parallel"):
+        if name not in ("completion", "chat"):
             command.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

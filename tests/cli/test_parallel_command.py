@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,7 +72,9 @@ def test_two_stages_side_by_side_are_collected_and_nothing_runs_twice(project):
     assert ran(project) == ["a", "b", "up"], "each stage ran once; the main tree took the cache"
     assert [(project / f"{n}.txt").read_text() for n in "ab"] == ["a", "b"]
     assert not list((project / ".kumiki/wt").iterdir()), "worktrees are gone"
-    again = run_module(project, "lib.cli.main", "parallel", "a", "b")
+    again = run_module(project, "lib.cli.main", "parallel", "a", "b", "--json")
+    ended = json.loads(again.stdout)["stages"]
+    assert ended == [{"stage": "a", "code": 0}, {"stage": "b", "code": 0}]
     assert again.returncode == 0 and ran(project) == ["a", "b", "up"]
 
 
@@ -79,6 +82,7 @@ def test_a_failure_stops_no_other_and_the_same_command_continues(project):
     (project.parent / "marks/refuse_b").touch()
     done = run_module(project, "lib.cli.main", "parallel", "a", "b")
     assert done.returncode == 4 and b"stages failed: b" in done.stderr
+    assert done.stdout.split()[:4] == [b"stage", b"ended", b"a", b"done"]
     assert (project / "a.txt").is_file() and not (project / "b.txt").exists()
     (project.parent / "marks/refuse_b").unlink()
     done = run_module(project, "lib.cli.main", "parallel", "a", "b")

@@ -39,6 +39,9 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
         names = ", ".join([*families, *suites])
         raise UserError("unknown benchmark", value=unknown[0], remedy=f"choose one of {names}")
     if len(arguments.what) == 1 and arguments.what[0] not in families:
+        if arguments.json:
+            raise UserError("a suite prints tables only", value=arguments.what[0],
+                            remedy="leave out --json")  # fmt: skip
         suite(arguments.what[0])
         return
     settings = load_profile(arguments.profile)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
-from lib.cli import pipeline, worktrees
+from lib.cli import pipeline, tables, worktrees
 from lib.cli.console import note
 from lib.core import artifact, params
 from lib.core.errors import EnvError, Interrupted, UserError
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)
-    finish(jobs, bool(asked))
+    finish(jobs, bool(asked), arguments.json)
 
 
 def targets(stages: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -136,8 +136,8 @@ def _stopping(running: list[subprocess.Popen[str]]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def finish(jobs: Sequence[Job], asked: bool) -> None:
-    """Collect what is done, remove its worktree, tell the rest."""
+def finish(jobs: Sequence[Job], asked: bool, as_json: bool) -> None:
+    """Collect what is done, remove its worktree, print how each stage ended, tell the rest."""
     done = [job for job in jobs if job.code == 0]
     failed = [job for job in jobs if job.code != 0]
     if done and not asked:
@@ -146,6 +146,11 @@ def finish(jobs: Sequence[Job], asked: bool) -> None:
             raise _failure(code, [job.stage for job in done])
     for job in done:
         worktrees.remove(job.folder)
+    ends = [(job.stage, "done" if job.code == 0 else f"code {job.code}") for job in jobs]
+    if as_json:
+        tables.put_json({"stages": [{"stage": job.stage, "code": job.code} for job in jobs]})
+    else:
+        tables.put(tables.lines(ends, ("stage", "ended")))
     if asked:
         raise Interrupted("interrupted, finished work is kept; run the same command to continue")
     if failed:
