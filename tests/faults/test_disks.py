@@ -28,7 +28,8 @@ ENVIRONMENT = os.environ | {
 CALLS = (1, 2) if FULL else (1,)  # which of a writer's calls fails
 TENTHS = (1, 5, 9) if FULL else (5,)
 CHAIN = ["download", "extract", "bpe", "encode", "train_gpt", "evaluate_gpt", "export_gpt"]
-CHOSEN = CHAIN if FULL else ["extract", "train_gpt", "export_gpt"]
+CHOSEN = CHAIN if FULL else ["extract", "train_gpt"]
+only_full = pytest.mark.skipif(not FULL, reason="every stage again: `make faults`")
 
 
 def has_namespaces() -> bool:
@@ -144,7 +145,7 @@ def test_b04_a_read_only_project_is_exit_4_before_work(projects, tmp_path, step)
 
 
 @needs_strace
-@pytest.mark.parametrize("writer", WRITERS if FULL else ["safetensors", "memmap"])
+@pytest.mark.parametrize("writer", WRITERS if FULL else ["safetensors"])
 def test_b03_native_writers_end_with_4_or_die_and_leave_no_final_name(tmp_path, writer):
     """The Nth call of the library itself fails, or kills: the final name is whole or absent."""
     whole = tmp_path / "whole"
@@ -243,6 +244,7 @@ def test_b05_too_few_descriptors_is_a_sentence(projects, tmp_path):
     tally("B5", "descriptor limits", len(seen), f"exit codes {sorted(set(seen))}")
 
 
+@only_full
 @needs_namespaces
 def test_a15_moved_and_copied_projects_and_an_older_clock_change_nothing(projects, tmp_path):
     """Nothing is keyed by time, path or host: all stages are up to date, none runs again."""
@@ -268,6 +270,7 @@ def test_a15_moved_and_copied_projects_and_an_older_clock_change_nothing(project
     )
 
 
+@only_full
 def test_a13_finished_stages_touch_no_file(projects, tmp_path):
     project = tmp_path / "again"
     shutil.copytree(projects["export_gpt"][1], project, symlinks=True)
