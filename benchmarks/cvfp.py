@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,23 +243,22 @@ def reading(folder: Path, tokens: int, turns: int) -> None:
         f"{found['store'] / found['plain']:.2f}")  # fmt: skip
 
 
-def memory(folder: Path, tokens: int) -> None:
+def memory(folder: Path, tokens: int, chunk: int) -> None:
     """Sweep 0 of a chunk, then pass 1 of its learning step and a part of pass 2.
 
     The other chunks are as large but hold zeros: what is done to them takes the same memory again.
     """
     os.environ["KUMIKI_SCRATCH"] = str(folder)
-    chunk = min(tokens, 1_000_000)
+    chunk = min(tokens, chunk)
     model, began = model_of(tokens, chunk, folder / "memory", 2**30), time.process_time()
     chunks = -(-tokens // chunk)
     step(model, 0)
     solver: Any = model.solver
     disk: Sweeps = solver.state.open()
-    for j in range(1, chunks):
-        writer, (start, stop) = disk.writer(0, j), disk.span(j)
-        for first in range(start, stop, 8192):
-            writer.put(torch.zeros(min(8192, stop - first), D))
-        disk.commit({"sweep": 0, "chunk": j, "crc32": writer.finish()})
+    for j in range(1, chunks):  # a reserved file holds zeros
+        start, stop = disk.span(j)
+        found = zlib.crc32(bytes((stop - start) * D * 2))
+        disk.commit({"sweep": 0, "chunk": j, "crc32": found})
     say(f"sweep 0: {tokens:,} tokens, peak {peak_bytes() / 1e9:.2f} GB")
     batch: Any = SimpleNamespace(tokens=None, targets=None, step=chunks, rows=None)
     for number, loss in enumerate(model.losses(batch)):
@@ -287,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", nargs="?", choices=("rates", "start", "reading", "memory"))
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--chunk", type=int, default=1_000_000, help="tokens, of memory")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
@@ -304,7 +305,7 @@ def main() -> None:
         if arguments.part in (None, "reading"):
             reading(folder, arguments.tokens or 400_000, turns)
         if arguments.part == "memory":
-            memory(folder, arguments.tokens or 1_000_000)
+            memory(folder, arguments.tokens or 1_000_000, arguments.chunk)
         if arguments.part is None:
             for tokens in (1_000_000, 4_000_000):
                 words = ["memory", "--tokens", str(tokens), "--threads", str(arguments.threads)]
