@@ -5,6 +5,7 @@ Out: a row a model and length on stdout; phase7_vs_phase8.{csv,json,svg} in benc
      number comes from a CPU its device says so; the interpreter is refused.
 
     python -m benchmarks.lengths --max 1024 --tokens 1024      (kumiki bench lengths)
+    python -m benchmarks.lengths --cpu-time      one thread's CPU time, for a machine that is busy
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import io
 import math
 import platform
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,16 +47,26 @@ def at_length(trial: Trial, length: int, tokens: int) -> Trial:
     return replace(trial, config=config, context=length, rows=max(1, tokens // length))
 
 
-def measure(name: str, trial: Trial, repeat: int) -> dict[str, Any]:
+def cpu_timed(call: Callable[[], Any], repeat: int, _device: torch.device) -> list[float]:
+    """As `timed`, in CPU seconds of this process."""
+    found = []
+    for n in range(repeat + 1):
+        start = time.process_time()
+        call()
+        found += [time.process_time() - start] if n else []
+    return found
+
+
+def measure(name: str, trial: Trial, repeat: int, clock: Any = timed) -> dict[str, Any]:
     """Milliseconds of a step (median, p20, p80) and of a decoded token; bytes of a row's state."""
     stepper = Stepper(trial)
     batch = stepper.batch(0)
-    times = [1e3 * s for s in timed(lambda: stepper.step(batch), repeat, stepper.device)]
+    times = [1e3 * s for s in clock(lambda: stepper.step(batch), repeat, stepper.device)]
     low, _, _, high = statistics.quantiles(times, n=5)
     with torch.no_grad():
         _, state = stepper.model.eval()(batch.tokens[:1])
         last = batch.tokens[:1, -1:]
-        decode = timed(lambda: stepper.model(last, state), repeat, stepper.device)
+        decode = clock(lambda: stepper.model(last, state), repeat, stepper.device)
     return {
         "model": name, "length": trial.context, "rows": trial.rows,
         "step_ms": statistics.median(times), "step_p20": low, "step_p80": high,
@@ -136,17 +148,20 @@ def main() -> None:
     parser.add_argument("--max", type=int, default=1024, help="longest row")
     parser.add_argument("--tokens", type=int, default=1024, help="of a batch")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, on a CPU")
     given = parser.parse_args()
+    if given.cpu_time and torch.cuda.is_available():
+        raise UserError("a GPU's work is no CPU time", remedy="leave --cpu-time out")
     if interpreting():
         raise UserError("the interpreter's times mean nothing", remedy="unset TRITON_INTERPRET")
     settings = load_profile(given.profile)
-    torch.set_num_threads(settings.runtime.threads)
+    torch.set_num_threads(1 if given.cpu_time else settings.runtime.threads)
     wanted = [256 * 2**i for i in range(8) if 256 * 2**i <= given.max]
-    rows = []
+    rows, clock = [], cpu_timed if given.cpu_time else timed
     for n in wanted:  # length by length: what else the machine does meets all models alike
         for name in RUNS:
             trial = at_length(trial_of(settings, name), n, given.tokens)
-            rows.append(measure(name, trial, given.repeat))
+            rows.append(measure(name, trial, given.repeat, clock))
     write(rows)
     print("\n".join(lines(rows)))
 
