@@ -149,7 +149,7 @@ class Model(Family):
             self.halting = Halting(config.halt, d, config.act_threshold, config.act_weight)
         self.depth = self.trained_depth = config.steps  # at use the first may be another number
         self._losses: list[Tensor] = []  # unweighted, of the last batch
-        self._thought = [0.0, 0]  # since `set_depth`: exit steps, positions
+        self._thought = [0, 0]  # since `set_depth`: exit steps, positions
 
     # ------------------------------------------------------------ the recursion
 
@@ -253,8 +253,8 @@ class Model(Family):
             y, z = tape.held(y, new_y), tape.held(z, new_z)
             if self._tau:
                 done, before = self.halting.done(y, self._tau, self.logits, before)
-                tape.halt(done)
-                self._thought[0] += float((~tape.halted).sum()) if s < self.depth else 0.0
+                going_on = tape.halt(done)
+                self._thought[0] += going_on if s < self.depth else 0
         self._thought[0] += tokens.numel() * (1 if self._tau else self.depth)
         self._thought[1] += tokens.numel()
         return self.logits(y), tape.ended(start + n, self.depth)
@@ -303,7 +303,7 @@ class Model(Family):
                 "not possible", value=f"depth is {depth}",
                 remedy="use 1 or more" if depth < 1 else "drop it: this model thinks once",
             )  # fmt: skip
-        self.depth, self._thought = depth, [0.0, 0]
+        self.depth, self._thought = depth, [0, 0]
 
     # ------------------------------------------------------------ losses
 

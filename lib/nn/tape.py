@@ -51,9 +51,10 @@ class Tape:
         if self.keep:
             self.kept += kept
 
-    def halt(self, done: Tensor) -> None:
-        """These positions (B, n) stop too; nobody begins again."""
+    def halt(self, done: Tensor) -> int:
+        """These positions (B, n) stop too, nobody begins again; returns how many go on."""
         self.halted = done if self.halted is None else self.halted | done
+        return int((~self.halted).sum())
 
     @property
     def all_halted(self) -> bool:
