@@ -50,7 +50,8 @@ def leaderboard(found: Found) -> str:
     parts = [
         '<p class="note">Bits per byte (bpb) of the whole validation text, lower is better; every '
         "tokenizer is charged for the same bytes. cloze and CORE are centred: 0 is chance, 1 is "
-        "perfect. A twin is its family with one idea taken out. Each run has one seed: a twin "
+        "perfect. Sizes and budgets differ from family to family: only a twin, which is its family "
+        "with one idea taken out, compares with it. Each run has one seed: a twin "
         f"within {DECIDED:.3f} bpb of its family, two standard deviations between seeds, is not "
         "decided.</p>"
     ]
