@@ -94,8 +94,8 @@ class Store:
 
 def held(folder: Path) -> list[Path]:
     """The files of a key, without what belongs to this disk and process."""
-    every = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in every if path.name != artifact.STAMPS and path.suffix != ".lock"]
+    own = (artifact.STAMPS, ".lock")
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(own))
 
 
 def copy(data: BinaryIO, write: Callable[[bytes], object], advance: Callable[[float], None]) -> str:

@@ -260,7 +260,10 @@ def damaged(folder: Path, entries: Iterable[FileEntry], *, full: bool = False) -
     before = dict(stamps)
     bad = {e.path: found for e in entries if (found := damage(folder, e, stamps))}
     if stamps != before:
-        files.write_json(path, stamps)
+        # Ranks and stages side by side verify the same files: each writes under a name of its own.
+        own = folder / f".{os.uname().nodename}_{os.getpid()}{STAMPS}"
+        files.write_json(own, stamps)
+        files.rename(own, path)
     return bad
 
 

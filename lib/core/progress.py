@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 DELAY_S = 1.0  # a bar that would be gone before it is read is not drawn
@@ -27,7 +27,7 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and not plain and not is_worker
 
 
-def write(line: str, stream: object = None) -> None:
+def write(line: str, stream: TextIO | None = None) -> None:
     """One line on `stream` (stderr), above all bars; a reader that has left is no error."""
     stream = stream or sys.stderr
     with contextlib.suppress(BrokenPipeError):
@@ -36,8 +36,8 @@ def write(line: str, stream: object = None) -> None:
 
             tqdm.write(line, file=stream)
         else:
-            stream.write(line + "\n")  # type: ignore[attr-defined]  # a text stream
-        stream.flush()  # type: ignore[attr-defined]  # a text stream
+            stream.write(line + "\n")
+        stream.flush()
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def progress(
             total=total, unit=f" {unit}", unit_scale=unit in ("B", "bytes"), desc=title,
             leave=False, delay=DELAY_S, dynamic_ncols=True,
         ) as bar:  # fmt: skip
-            yield lambda amount: bar.update(amount) and None
+            yield bar.update  # type: ignore[misc]  # returns bool, nobody looks
         return
     done, said = 0.0, time.monotonic()
     start = said

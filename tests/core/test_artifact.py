@@ -98,6 +98,22 @@ def test_a_restored_mtime_does_not_hide_a_change(made):
         artifact.ensure(folder, manifest.files, None)
 
 
+def test_two_readers_may_note_their_hashes_at_once(made, monkeypatch):
+    """Ranks verify the same files in the same moment; one took the other's `.part` away."""
+    folder, manifest = made
+    rename = files.rename
+
+    def other_comes_first(source: Path, target: Path) -> None:
+        monkeypatch.setattr(files, "rename", rename)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        assert artifact.damaged(folder, manifest.files, full=True) == {}
+        rename(source, target)
+
+    monkeypatch.setattr(files, "rename", other_comes_first)
+    assert artifact.damaged(folder, manifest.files, full=True) == {}
+    assert [p.name for p in folder.glob(".*")] == [artifact.STAMPS]
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
