@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=Path("data/tokenizers/bpe"))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="of what is there, run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -88,7 +89,7 @@ def main() -> None:
     if not arguments.table:
         known = {(r["row"], r["seed"], r["steps"]) for r in done}
         log = AppendLog(arguments.out)
-        for name, seed in missing(arguments.rows, known, arguments.steps):
+        for name, seed in missing(arguments.rows, arguments.seeds, known, arguments.steps):
             data = Data.open(arguments.tokens, arguments.tokenizer, seed, full=False)
             found = {"row": name, "seed": seed, **measure(data, ROWS[name], seed, arguments.steps)}
             log.append(found)
@@ -99,10 +100,10 @@ def main() -> None:
 
 
 def missing(
-    rows: list[str], known: set[tuple[str, int, int]], steps: int
+    rows: list[str], seeds: list[int], known: set[tuple[str, int, int]], steps: int
 ) -> Iterator[tuple[str, int]]:
     """(row, seed) of every run without a line, row by row."""
-    return ((n, s) for n in rows for s in SEEDS if (n, s, steps) not in known)
+    return ((n, s) for n in rows for s in seeds if (n, s, steps) not in known)
 
 
 def measure(data: Data, row: Row, seed: int, steps: int) -> dict[str, Any]:
