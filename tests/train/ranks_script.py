@@ -5,13 +5,28 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lib.core import ranks
 from lib.core.errors import InputError, Interrupted
+from lib.core.run_settings import Train
+from lib.models import gpt
+from lib.models.base import build
 from lib.train import parallel
-from tests.train.tiny import BASE, RUNTIME, Stop, make_job, make_model, train
+from lib.train.job import Job
+from tests.train.tiny import (
+    BASE,
+    CONTEXT,
+    RUNTIME,
+    VOCAB,
+    Rows,
+    Stop,
+    make_job,
+    make_model,
+    train,
+)  # fmt: skip
 
 
 def runs(folder: Path) -> None:
@@ -34,7 +49,23 @@ def runs(folder: Path) -> None:
             train(make_job(folder / name, model=model, stop=stop))
         except Interrupted as error:
             (folder / f"said_{ranks.rank()}").write_text(str(error))
+    for name in ("base", "modern"):
+        train(gpt_job(folder / f"gpt_{name}", name))
+    train(gpt_job(folder / "gpt_ramped", "base", RAMPED))
     poison_rank_1(folder / "poisoned")
+
+
+RAMPED = {"batch_ramp": (0.5, 1.0), "context_ramp": (0.5, 1.0), "adamw_every": 2}
+
+
+def gpt_job(folder: Path, variant: str, switches: dict[str, Any] | None = None) -> Job:
+    """20 steps of a GPT under its own optimizer and schedule."""
+    sizes = {"depth": 2, "width": 16, "heads": 2, "context": CONTEXT}
+    model = build(gpt, gpt.Config(variant=variant, **sizes), VOCAB, seed=3)
+    settings = Train(steps=20, batch_tokens=4 * CONTEXT, eval_every=0, **(switches or {}))
+    rows = lambda plan: Rows(ramp=plan.rows_by_step)  # noqa: E731
+    runtime = replace(RUNTIME, log_every=1)
+    return make_job(folder, settings, runtime, model=model, rows=rows, validate=lambda model: None)
 
 
 def poison_rank_1(folder: Path) -> None:

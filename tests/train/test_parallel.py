@@ -14,8 +14,9 @@ from lib.train.checkpoint import read_tensors
 from lib.train.parallel import global_norm
 from tests.conftest import ROOT
 from tests.faults.crash import tree
-from tests.train.test_trainer import losses_of, run
-from tests.train.tiny import BASE, Rows, make_model
+from tests.train.ranks_script import RAMPED, gpt_job
+from tests.train.test_trainer import log_of, losses_of, run
+from tests.train.tiny import BASE, Rows, make_model, train
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,21 @@ def test_two_ranks_train_like_one(two, one, mode):
     for name, tensor in read_tensors(two / mode / "step_9/model.safetensors").items():
         wanted = read_tensors(one / "adamw/step_9/model.safetensors")[name]
         assert torch.allclose(tensor, wanted, atol=2e-6), name
+
+
+@pytest.mark.parametrize("name", ["base", "modern", "ramped"])
+def test_a_gpt_on_two_ranks_follows_one_for_20_steps(two, tmp_path, name):
+    """gpt.md 14.7: the same first weights, then the same curve. Seen 0, 0 and 1.2e-7 relative."""
+    variant, switches = ("base", RAMPED) if name == "ramped" else (name, {})
+    train(gpt_job(tmp_path, variant, switches))
+
+    def curve(folder):
+        return [record["loss"] for record in log_of(folder) if "loss" in record]
+
+    found, wanted = curve(two / f"gpt_{name}"), curve(tmp_path)
+    assert len(found) == 20 and found[0] == pytest.approx(wanted[0], rel=1e-6)
+    assert found == pytest.approx(wanted, rel=2e-6)
+    assert wanted[-1] < wanted[0]
 
 
 def test_a_checkpoint_of_fsdp_is_like_any_other(two):
