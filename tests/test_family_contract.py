@@ -32,6 +32,12 @@ PHASE7 = {
 PHASE8 = {
     "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": T, "tt_rank": 16,
 }  # fmt: skip
+GPT = {"depth": 2, "width": 16, "heads": 2, "context": T}
+GPT_SWITCHES = [  # each alone; windows end beyond T and stand in tests/models/test_gpt.py
+    {"resid_mix": True}, {"smear": True}, {"value_embedding": True}, {"backout": True},
+    {"bigram": 31}, {"qk_scale": 1.2}, {"rope_theta": 1e5}, {"softcap": 0.0}, {"vocab_pad": 64},
+    {"init": "modern"}, {"optim": "modern"},
+]  # fmt: skip
 TINY: dict[str, list[dict]] = {
     "cvfp": [
         {"width": 16},
@@ -51,8 +57,10 @@ TINY: dict[str, list[dict]] = {
         },
     ],
     "gpt": [
-        {"depth": 2, "width": 16, "heads": 2, "context": T},
-        {"depth": 2, "width": 16, "heads": 2, "context": T, "variant": "modern", "kv_heads": 1},
+        GPT,
+        {**GPT, "variant": "modern", "kv_heads": 1},
+        {**GPT, "variant": "modern", "depth": 1},
+        *({**GPT, **switch} for switch in GPT_SWITCHES),
     ],
     "trm": [
         {"width": 16, "heads": 2, "context": T},
