@@ -263,6 +263,24 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def write_note(path: Path, value: object) -> None:
+    """Keep `value`, JSON of finished work that a rerun takes over, with a checksum of itself."""
+    write_json(path, {"check": _check(value), "note": value})
+
+
+def read_note(path: Path) -> Any | None:
+    """What `write_note` kept; None where it is absent or damaged: then the work is done again."""
+    try:
+        raw = json.loads(path.read_bytes())
+        return raw["note"] if raw["check"] == _check(raw["note"]) else None
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+
+
+def _check(value: object) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits; 0.8 to 1.8 GB/s a core."""
     with Path(path).open("rb") as stream:

@@ -322,7 +322,7 @@ def _open_work(run: Run, modules: Sequence[str]) -> bool:
     run.code = code
     state_path, done_path = run.work / STATE, run.work / DONE
     if state_path.is_file():
-        old = files.read_json(state_path)["code"]
+        old = _noted(state_path, "code")
         changed = sorted(n for n in old.keys() | code.keys() if old.get(n) != code.get(n))
         finished = done_path.is_file()
         choice = os.environ.get("KUMIKI_CODE_CHANGE")
@@ -336,7 +336,7 @@ def _open_work(run: Run, modules: Sequence[str]) -> bool:
         if changed and (finished or choice == "restart"):
             files.remove_tree(run.work)
         elif finished and not changed:
-            return _verified(run, files.read_json(done_path))
+            return _verified(run, _noted(done_path, "tree"))
     files.make_folder(run.work)
     files.write_json(state_path, {"code": code})
     return False
@@ -356,9 +356,19 @@ def _files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
 
 
-def _verified(run: Run, done: dict[str, Any]) -> bool:
+def _noted(path: Path, key: str) -> dict[str, Any]:
+    """One entry of the frame's own notes; InputError where the file is not such a note."""
+    raw = files.read_json(path)
+    found = raw.get(key) if isinstance(raw, dict) else None
+    if not isinstance(found, dict):
+        remedy = "remove it and run the same command"
+        raise InputError("damaged note", file=path, value=f"no {key}", remedy=remedy)
+    return found
+
+
+def _verified(run: Run, tree: dict[str, Any]) -> bool:
     """Whether the finished result is still what it was; a damaged one is made again, said aloud."""
-    if run.result.exists() and _trees(run) == done["tree"]:
+    if run.result.exists() and _trees(run) == tree:
         return True
     run.warn(f"the finished result in {run.work} is damaged, it is made again")
     (run.work / DONE).unlink()

@@ -119,8 +119,8 @@ def _take_split(
     source: HubDatasetSource, folder: ShardFolder, split: str, stream: _Stream, wanted: int
 ) -> list[FileEntry]:
     ended = folder.path / "notes" / f"{split}.end.json"
-    if ended.is_file():
-        wanted = min(wanted, files.read_json(ended)["samples"])
+    if note := files.read_note(ended):
+        wanted = min(wanted, note["samples"])
     entries: list[FileEntry] = []
     starts = range(0, wanted, SHARD_ROWS)
     for start in watched(starts, len(starts), "shards", f"{source.repo} {split}"):
@@ -137,7 +137,7 @@ def _take_split(
             stream.seek(start, before["state"] if before else None)
             texts, state = stream.take(rows, lambda sample: text_of(sample, source)), stream.state()
         if len(texts) < rows:
-            files.write_json(ended, {"samples": start + len(texts)})
+            files.write_note(ended, {"samples": start + len(texts)})
         if texts:
             name = _shard_name(split, start, len(texts))
             entry, _ = write_parquet(folder.path / name, {"text": texts}, ROW_GROUP)
@@ -309,14 +309,16 @@ def revision_of(source: HubDatasetSource, folder: ShardFolder, token: str | None
     if source.revision is not None and _COMMIT.fullmatch(source.revision):
         return source.revision
     path = folder.path / "notes" / "revision.json"
-    if not path.is_file():
+    note = files.read_note(path)
+    if note is None:
         from huggingface_hub import HfApi
 
         with _stream_errors(source.repo):
             commit = HfApi(token=token).dataset_info(source.repo, revision=source.revision).sha
         assert commit, "the hub names a commit"
-        files.write_json(path, {"commit": commit})
-    return files.read_json(path)["commit"]
+        note = {"commit": commit}
+        files.write_note(path, note)
+    return note["commit"]
 
 
 @contextlib.contextmanager

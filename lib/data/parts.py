@@ -110,20 +110,16 @@ def encode_part(unit: Unit) -> Part:
         for block in sizes:
             documents.write(block.astype(INT64).tobytes())
     part = Part(counts=counts, ids_sha256=out.sha256, documents_sha256=documents.sha256)
-    files.write_json(unit.side("json"), asdict(part))
+    files.write_note(unit.side("json"), asdict(part))
     return part
 
 
 def _finished(unit: Unit) -> Part | None:
     """The unit as a former run left it, if every byte is still right."""
-    path = unit.side("json")
-    if not path.is_file():
+    raw = files.read_note(unit.side("json"))
+    if raw is None:
         return None
-    try:
-        raw = files.read_json(path)
-        part = Part(**{**raw, "counts": PartCounts(**raw["counts"])})
-    except (InputError, TypeError, KeyError):
-        return None  # a damaged note only costs the work again
+    part = Part(**{**raw, "counts": PartCounts(**raw["counts"])})
     wanted = {unit.ids_path: part.ids_sha256, unit.side("documents.bin"): part.documents_sha256}
     same = all(p.is_file() and files.sha256_file(p) == sha for p, sha in wanted.items())
     return part if same else None

@@ -237,10 +237,11 @@ def _at_commit(
         return todo
     commit, path = source.revision, folder.path / "notes" / "revision.json"
     if not _COMMIT.fullmatch(commit):
-        if not path.is_file():
-            found = _head(todo[0], policy, log).commit
-            files.write_json(path, {"commit": found or source.revision})
-        commit = files.read_json(path)["commit"]
+        note = files.read_note(path)
+        if note is None:
+            note = {"commit": _head(todo[0], policy, log).commit or source.revision}
+            files.write_note(path, note)
+        commit = note["commit"]
     return [
         replace(w, url=shard_url(source, w.index, commit), revision=commit)
         if w.revision is None

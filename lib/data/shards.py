@@ -32,8 +32,7 @@ class ShardFolder:
 
     def note(self, name: str) -> dict[str, Any] | None:
         """What was written down about a shard; None when it never became whole."""
-        path = self._note_path(name)
-        return files.read_json(path) if path.is_file() else None
+        return files.read_note(self._note_path(name))
 
     def remembered(self, name: str) -> FileEntry | None:
         """The entry of a shard that was whole once; its bytes are not looked at."""
@@ -56,7 +55,7 @@ class ShardFolder:
 
     def write_note(self, name: str, value: dict[str, Any]) -> None:
         """Keep `value` under `name` for the next run."""
-        files.write_json(self._note_path(name), value)
+        files.write_note(self._note_path(name), value)
 
     def _note_path(self, name: str) -> Path:
         return self.path / "notes" / f"{name}.json"

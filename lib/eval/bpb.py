@@ -127,7 +127,7 @@ def measure(
             part = ranks.add(_score_block(block, mine, tokenizer, scorer))
             if path and ranks.rank == 0:
                 unit = {"sha256": block_hash.hexdigest(), "part": part.tolist()}
-                files.write_json(path, unit)
+                files.write_note(path, unit)
         parts.append(part)
         first += len(block)
         advance(float(part[1].sum()))
@@ -163,9 +163,9 @@ def hashed_bytes(document: Document) -> bytes:
 
 def _read_unit(path: Path | None, sha256: str, documents: int) -> np.ndarray | None:
     """A finished block (3, documents), or None when there is none of these texts."""
-    if path is None or not path.is_file():
+    unit = files.read_note(path) if path else None
+    if unit is None:
         return None
-    unit = files.read_json(path)
     part = np.array(unit["part"], np.float64)
     return part if unit["sha256"] == sha256 and part.shape == (3, documents) else None
 

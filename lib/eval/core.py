@@ -59,10 +59,10 @@ class Exam:
         return {task.label: self._one(task, rows[task.label]) for task in tasks}
 
     def _one(self, task: Task, rows: Sequence[Row]) -> list[Record]:
-        path = self.units / f"{task.label}_{self._key(task)}{SUFFIX}" if self.units else None
-        if path and path.is_file():
+        path = self.units / f"{task.label}_{self._key(task)}.json" if self.units else None
+        if path and (kept := files.read_note(path)) is not None:
             self.advance(len(range(self.ranks.rank, len(rows), self.ranks.world)))
-            return read_records(path)
+            return kept
         examples = make_examples(
             task, rows, self.encode, start_id=self.start_id, max_context=self.max_context,
             wanted=range(self.ranks.rank, len(rows), self.ranks.world),
@@ -71,7 +71,7 @@ class Exam:
         self._look_at(task, scored)
         records = gather(self.ranks, [record_of(task, one) for one in scored])
         if path and self.ranks.rank == 0:
-            write_records(path, records)
+            files.write_note(path, records)
         return records
 
     def _key(self, task: Task) -> str:

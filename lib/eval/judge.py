@@ -180,8 +180,8 @@ def split_params(model: torch.nn.Module, vocab_size: int) -> dict[str, int]:
 def compare(run: Run, inputs: Inputs, rules: Rules, total_bytes: int) -> dict[str, Any]:
     """Compressors and a bigram of the training ids on the same text; kept over a kill."""
     path = run.units / "baselines.json"
-    if path.is_file():
-        return files.read_json(path)
+    if kept := files.read_note(path):
+        return kept
     found: dict[str, float | None] = {}
     found |= baselines.compressed_bpb((text for _, text in inputs.texts()), total_bytes)
     length = inputs.store.length("train")
@@ -194,7 +194,7 @@ def compare(run: Run, inputs: Inputs, rules: Rules, total_bytes: int) -> dict[st
         bigram = baselines.Bigram.count(chunks, rules.vocab_size)
         found["bigram"] = baselines.bigram_bpb(inputs.texts(), inputs.tokenizer, rules, bigram)
     result = {"bpb": found, "bigram_train_ids": used}
-    files.write_json(path, result)
+    files.write_note(path, result)
     return result
 
 

@@ -46,8 +46,8 @@ def train_controls(job: Job, module: ModuleType) -> dict[str, Any]:
 def _one(job: Job, module: ModuleType, arm: str, config: Any, number: int) -> dict[str, Any]:
     """Train one arm, or read what it gave."""
     folder = job.work / "controls" / f"{arm}_{number}"
-    if (folder / RESULT).is_file():
-        return files.read_json(folder / RESULT)
+    if kept := files.read_note(folder / RESULT):
+        return kept
     assert job.settings.controls is not None
     model = job.build(config, job.seed + number, module.starts_from_weights(arm))
     batch = job.settings.batch_tokens
@@ -72,7 +72,7 @@ def _one(job: Job, module: ModuleType, arm: str, config: Any, number: int) -> di
         "tokens": steps * batch,
         **look_inside(own),
     }
-    files.write_json(folder / RESULT, result)
+    files.write_note(folder / RESULT, result)
     model.finish()
     for path in [*folder.glob("step_*"), folder / "best"]:
         files.remove_tree(path)

@@ -213,3 +213,18 @@ def test_damaged_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(InputError, match=r"x\.json"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_every_flipped_bit_of_a_note_makes_it_absent(tmp_path):
+    """A flipped digit of a finished unit once became a published number, with exit code 0."""
+    path = tmp_path / "note.json"
+    files.write_note(path, {"nats": [1.25, 7], "name": "川"})
+    data = path.read_bytes()
+    assert files.read_note(path) == {"nats": [1.25, 7], "name": "川"}
+    for bit in range(8 * (len(data) - 1)):  # not the last newline, which says nothing
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        assert files.read_note(path) is None, bit
+    path.unlink()
+    assert files.read_note(path) is None
