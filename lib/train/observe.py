@@ -15,13 +15,14 @@ import json
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lib import kernels
 from lib.core import files, growing, progress
-from lib.core.errors import redact
+from lib.core.errors import InputError, redact
 from lib.core.run_settings import Runtime
 from lib.train.sinks import Trackers
 
@@ -150,7 +151,7 @@ class Observer:
         tokens = self.tokens(step)
         if learned and (step % self._stride == 0 or step == self.steps):
             row = (step, tokens, tokens * self.flops_per_token, loss, lr, grad)
-            self._points.append(dict(zip(LOSS_COLUMNS, row, strict=True)))
+            self._points.append(_sealed(dict(zip(LOSS_COLUMNS, row, strict=True))))
         if self._bar is not None:
             self._bar.update(1)
         if step % self.runtime.log_every and step != self.steps:
@@ -184,7 +185,7 @@ class Observer:
         tokens = self.tokens(step)
         read = round(tokens * self.bytes_per_token)
         row = (step, tokens, read, tokens * self.flops_per_token, bpb)
-        self._points.append(dict(zip(CURVE_COLUMNS, row, strict=True)))
+        self._points.append(_sealed(dict(zip(CURVE_COLUMNS, row, strict=True))))
         self._log.append({"step": step, "tokens": tokens, "bpb": bpb})
         self.say(f"Step {step:6d} | BPB: {bpb:.4f}")
         self._trackers.log({"bpb": bpb}, step)
@@ -217,7 +218,8 @@ class Observer:
 
     def write_curves(self, folder: Path) -> None:
         """`curve.csv` (validations) and `loss.csv` (at most 2,000 rows) of the whole run."""
-        points = [json.loads(line) for line in (self.folder / POINTS).read_bytes().splitlines()]
+        path = self.folder / POINTS
+        points = [_opened(line, path) for line in path.read_bytes().splitlines()]
         for name, columns, mark in (
             ("curve", CURVE_COLUMNS, "bpb"),
             ("loss", LOSS_COLUMNS, "loss"),
@@ -225,6 +227,23 @@ class Observer:
             rows = [[p[c] for c in columns] for p in points if mark in p]
             text = "\n".join([",".join(columns), *(",".join(map(_number, row)) for row in rows)])
             files.write_bytes(folder / f"{name}.csv", (text + "\n").encode())
+
+
+def _sealed(point: dict[str, Any]) -> dict[str, Any]:
+    """A point with a checksum: the curves are made from these lines, perhaps days later."""
+    return {**point, "crc": zlib.crc32(json.dumps(point).encode())}
+
+
+def _opened(line: bytes, path: Path) -> dict[str, Any]:
+    """The point of one line; InputError when a byte of it has changed."""
+    try:
+        point = json.loads(line)
+        if point.pop("crc") == zlib.crc32(json.dumps(point).encode()):
+            return point
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    remedy = "remove it and run the same command; the curves then lack what it held"
+    raise InputError("damaged line", file=path, value=line[:40].decode("latin-1"), remedy=remedy)
 
 
 def _number(value: float) -> str:

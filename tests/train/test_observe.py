@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lib.core.errors import InputError
 from lib.core.run_settings import Hub, Runtime, Wandb
+from lib.train import observe
 from lib.train.observe import Observer, console_line, perplexity, printable
 from lib.train.sinks import HubPush, Trackers
 
@@ -383,3 +385,15 @@ def test_a_failed_push_is_said_without_secrets_and_counted_at_the_end(fake_hub):
     assert len(said) == 2 and "me/broken failed, tried again later" in said[0]
     assert "hunter22" not in said[0]
     assert told == ["2 pushes to me/broken, 2 failed"]
+
+
+def test_every_flipped_bit_of_a_point_is_refused(tmp_path):
+    """The curves are made from these lines: a changed digit went on, a broken line was a bug."""
+    point = {"step": 3, "loss": 5.25, "lr": 0.01}
+    line = json.dumps(observe._sealed(point)).encode()
+    assert observe._opened(line, tmp_path / "x") == point
+    for bit in range(8 * len(line)):
+        changed = bytearray(line)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(InputError, match="damaged line"):
+            observe._opened(bytes(changed), tmp_path / "x")
