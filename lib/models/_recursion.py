@@ -46,7 +46,9 @@ class Counts:
     @property
     def recursion(self) -> Self:
         """What a twin is a twin of; anything else is itself."""
-        return replace(self, variant="trm", match=None) if self.match else self
+        if self.match is None:
+            return self
+        return replace(self, variant="trm", match=None)  # type: ignore[arg-type]  # a Config
 
     @property
     def calls(self) -> int:
