@@ -279,7 +279,7 @@ def seen(name: str, counts: list[dict], results: Results) -> str:
     total = sum((results[test] for test in ROWS[name].tests), Counter())
     ends = ", ".join(f"{total[end]} {end}" for end in ("passed", "failed", "skipped") if total[end])
     told = [f"{c['injected']}: {c['count']}, {c['seen']}" for c in counts if c["row"] == name]
-    return "; ".join([f"{ends} tests" if ends else "-", *told])
+    return "; ".join([*([f"{ends} tests"] if ends else []), *told]) or "-"
 
 
 def page(counts: list[dict], results: Results) -> str:
