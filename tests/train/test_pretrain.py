@@ -178,6 +178,40 @@ def test_e07_a_changed_parameter_begins_beside_and_its_return_finds_the_old_mode
     assert outputs(folder) == wanted
 
 
+def test_a_reverted_parameter_returns_the_old_model_from_the_run_cache(made, tmp_path):
+    """Without working state: DVC alone brings it back, and the trainer is not even started."""
+    folder = tmp_path / "p"
+    shutil.copytree(made, folder)
+    run = [sys.executable, "-m", "stages.pretrain", "--run", "gpt", "--tokens",
+           "data/tokens/bpe.manifest.json", "--tokenizer", "data/tokenizers/bpe",
+           "--out", "checkpoints/gpt/final", "--curves", "metrics/gpt"]  # fmt: skip
+    stage_lines = {
+        "cmd": " ".join(run),
+        "deps": ["data/tokens/bpe.manifest.json", "data/tokenizers/bpe"],
+        "params": ["seed", "train", "model"],
+        "outs": ["checkpoints/gpt/final", "metrics/gpt/curve.csv", "metrics/gpt/loss.csv"],
+    }
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": {"train_gpt": stage_lines}}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
+
+    def dvc(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder,
+                              env=environment, capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    dvc("init", "-q", "--no-scm")
+    dvc("repro")
+    wanted, params = outputs(folder), (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(params.replace("steps: 6", "steps: 2"))
+    dvc("repro")
+    assert outputs(folder) != wanted
+    shutil.rmtree(folder / "checkpoints/gpt/work")
+    (folder / "params.yaml").write_text(params)
+    assert "is cached - skipping run" in dvc("repro")
+    assert outputs(folder) == wanted and not (folder / "checkpoints/gpt/work").exists()
+
+
 def test_the_familys_file_is_part_of_the_code_that_a_run_remembers(trained):
     (state,) = (trained / "checkpoints/gpt/work/pretrain_gpt").glob("*/state.json")
     code = json.loads(state.read_text())["code"]
