@@ -29,15 +29,15 @@ def on_terminal() -> bool:
 
 def write(line: str, stream: TextIO | None = None) -> None:
     """One line on `stream` (stderr), above all bars; a reader that has left is no error."""
-    stream = stream or sys.stderr
+    out: TextIO = stream or sys.stderr
     with contextlib.suppress(BrokenPipeError):
         if "tqdm" in sys.modules:
             from tqdm import tqdm
 
-            tqdm.write(line, file=stream)
+            tqdm.write(line, file=out)
         else:
-            stream.write(line + "\n")
-        stream.flush()
+            out.write(line + "\n")
+        out.flush()
 
 
 @contextlib.contextmanager
