@@ -29,9 +29,9 @@ from torch import nn
 from lib.core.chunkstore import RowFile, stored
 from lib.models import cvfp
 from lib.models.base import build
-from lib.nn.first_sweep import HALO_ROWS
-from lib.nn.halo import Repairs, halo, warm_tokens
-from lib.nn.sweeps import Sweeps
+from lib.nn.contexts.first_sweep import HALO_ROWS
+from lib.nn.contexts.halo import Repairs, halo, warm_tokens
+from lib.nn.contexts.sweeps import Sweeps
 
 D, DEPTH, VOCAB = 768, 6, 50_257
 LEARNING_FLOPS = 20.1e6  # a token: forward and backward of the state side, cvfp.md 15.2

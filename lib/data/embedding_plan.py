@@ -17,7 +17,7 @@ from lib.core import artifact, chunkstore
 from lib.core.artifact import Manifest
 from lib.core.errors import EnvError, KumikiError, UserError, report_lines
 from lib.core.params import PARAMS, load, read_yaml, resolve
-from lib.nn.budget import sweep_bytes
+from lib.nn.contexts.budget import sweep_bytes
 
 TOKENS = Path("data/tokens/bpe.manifest.json")
 

@@ -29,7 +29,7 @@ from lib.core.run_settings import Runtime
 from lib.data.hidden import About, hidden_rows, open_hidden
 from lib.data.tokens import TokenStore, id_dtype
 from lib.data.vector_source import Log, gpt2_file, source_hash, source_table, width_of
-from lib.nn.frozen import Frozen
+from lib.nn.contexts.frozen import Frozen
 
 KIND, REVISION = "embeddings", 1
 ROWS, TABLE, IDS, OFFSETS, ABOUT = (

@@ -20,7 +20,7 @@ from lib.core.data_settings import HiddenVectors
 from lib.core.errors import UserError
 from lib.data.tokens import TokenStore
 from lib.models.base import load_family
-from lib.nn.frozen import Frozen
+from lib.nn.contexts.frozen import Frozen
 
 WINDOWS = 32  # computed at once
 

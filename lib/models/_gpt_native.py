@@ -45,5 +45,5 @@ def native(config: Config, base: Switches, vocab_size: int, tensors: Sequence[st
             theirs[f"{ours}.attn.{part}.weight"] = f"{layer}.self_attn.{part}_proj.weight"
         theirs[f"{ours}.up.weight"] = f"{layer}.mlp.fc1.weight"
         theirs[f"{ours}.down.weight"] = f"{layer}.mlp.fc2.weight"
-    rows = dict.fromkeys(("wte.weight", "head.weight"), vocab_size)
+    rows: dict[str, int] = dict.fromkeys(("wte.weight", "head.weight"), vocab_size)
     return Native(config=described, names={theirs[name]: name for name in tensors}, rows=rows)

@@ -7,7 +7,7 @@ from typing import Any
 from lib.core.errors import UserError
 from lib.core.params import typed
 from lib.models import load_family
-from lib.nn.frozen import Frozen
+from lib.nn.contexts.frozen import Frozen
 
 
 def typed_model(family: str, section: Any) -> Any:

@@ -1,9 +1,9 @@
 """CVFP: context vectors as the fixed point of a recurrence, and a token model that reads them.
 
 One Model for both phases. `fixed_point`: the context block learns without targets, from
-fixed-point, diversity and memory terms (lib/nn/objective.py). `predict`: token block and head on
-its vectors. forward is the exact recurrence from its state; None = zeros. In: ids (B, T). Out:
-logits (B, T, V).
+fixed-point, diversity and memory terms (lib/nn/contexts/objective.py). `predict`: token block and
+head on its vectors. forward is the exact recurrence from its state; None = zeros.
+In: ids (B, T). Out: logits (B, T, V).
 Invariant: any split of a sequence into chunks gives the same logits.
 Letters: B rows, T time, V vocabulary, e token width, d context width, L depth, K token layers.
 """
@@ -25,14 +25,14 @@ from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models._hidden import frozen_of, take_blocks
 from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights
-from lib.nn import probes
-from lib.nn.arms import controls, starts_from_weights, verdict
-from lib.nn.context import EPS, Layer, Weights, initial, leaky_trace, shifts, trajectory
-from lib.nn.exact import Exact
-from lib.nn.handover import take_phase1
-from lib.nn.jacobi import Jacobi
-from lib.nn.solver import Solved, Solver
-from lib.nn.stream_contexts import StreamContexts
+from lib.nn.contexts import probes
+from lib.nn.contexts.arms import controls, starts_from_weights, verdict
+from lib.nn.contexts.context import EPS, Layer, Weights, initial, leaky_trace, shifts, trajectory
+from lib.nn.contexts.exact import Exact
+from lib.nn.contexts.handover import take_phase1
+from lib.nn.contexts.jacobi import Jacobi
+from lib.nn.contexts.solver import Solved, Solver
+from lib.nn.contexts.stream_contexts import StreamContexts
 
 __all__ = ["Config", "Model", "controls", "starts_from_weights", "verdict"]
 
@@ -443,7 +443,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             self.frozen.body.init_buffers()
 
     def initial(self, name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
-        """Blocks by lib.nn.context; LN of N(0, 1) rows as table; head 0; R, Q ~ N(0, 1 / in)."""
+        """Blocks as `context` does; LN of N(0, 1) rows as table; head 0; R, Q ~ N(0, 1 / in)."""
         if name.startswith(("context_block", "token_block")):
             return initial(name, shape, draw)
         if name.startswith("frozen.body."):

@@ -1,1 +1,1 @@
-"""Layers used by two or more families."""
+"""Layers; `contexts/` and `stream/` are whole machines, CVFP's and that of streamed weights."""

@@ -17,9 +17,9 @@ from lib.core.refusal import Refused
 from lib.core.run_settings import Runtime
 from lib.models import cvfp
 from lib.models.base import build
-from lib.nn import handover, pace, stream_contexts
-from lib.nn.context import trajectory
-from lib.nn.probes import apply_jacobian
+from lib.nn.contexts import handover, pace, stream_contexts
+from lib.nn.contexts.context import trajectory
+from lib.nn.contexts.probes import apply_jacobian
 from lib.train.session import require_memory
 from tests import golden
 from tests.models.streams import Stream, make, run_steps, stored_rows

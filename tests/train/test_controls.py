@@ -11,7 +11,7 @@ import torch
 
 from lib.core.errors import UserError
 from lib.core.run_settings import Controls
-from lib.nn.arms import verdict
+from lib.nn.contexts.arms import verdict
 from lib.train.controls import table, train_controls
 from tests.train.tiny import BASE, CONTEXT, VOCAB, make_job, make_model
 

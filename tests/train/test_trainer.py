@@ -379,12 +379,24 @@ def test_precision_auto_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
     assert compute_dtype("bf16", cpu) == torch.bfloat16
 
 
-def test_a_cpu_multiplies_bf16_where_it_has_amx(monkeypatch):
-    """AVX-512 BF16 alone runs at half of fp32's rate."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    for amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert precision.cpu_multiplies_bf16() is amx
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "maker", "faster"),
+    [
+        (True, True, "GenuineIntel", True),
+        (False, True, "GenuineIntel", False),
+        (False, True, "AuthenticAMD", True),
+        (False, False, "AuthenticAMD", False),
+    ],
+)
+def test_a_cpu_multiplies_bf16_with_amx_or_amds_dot_product(
+    monkeypatch, amx, avx512_bf16, maker, faster
+):
+    from lib.train import precision
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(precision, "_cpu_maker", lambda: f"vendor_id : {maker}")
+    assert precision.cpu_multiplies_bf16() is faster
 
 
 def test_activation_checkpointing_changes_no_bit(tmp_path, undisturbed):

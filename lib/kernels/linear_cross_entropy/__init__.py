@@ -42,7 +42,9 @@ def linear_cross_entropy(
         h = h.to(torch.get_autocast_dtype(device))
     rows, flat = h.reshape(-1, h.shape[-1]).contiguous(), targets.reshape(-1)
     half = h.dtype in (torch.bfloat16, torch.float16)
-    size = chunk_rows(*rows.shape, V, device, half=half) if chunk == "auto" else chunk
+    size = (
+        chunk_rows(rows.shape[0], rows.shape[1], V, device, half=half) if chunk == "auto" else chunk
+    )
     scale = None
     if reduction != "none":
         valid = (flat >= 0).to(torch.float64 if h.dtype == torch.float64 else torch.float32)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lib.core.errors import UserError
 from lib.core.rng import torch_generator
-from lib.nn import probes
-from lib.nn.budget import FIRST_BLOCK
-from lib.nn.context import Weights, matmul_dtype
-from lib.nn.halo import Repairs, halo, warm_tokens
-from lib.nn.objective import Learner, unique_tables
-from lib.nn.sweeps import Sweeps
+from lib.nn.contexts import probes
+from lib.nn.contexts.budget import FIRST_BLOCK
+from lib.nn.contexts.context import Weights, matmul_dtype
+from lib.nn.contexts.halo import Repairs, halo, warm_tokens
+from lib.nn.contexts.objective import Learner, unique_tables
+from lib.nn.contexts.sweeps import Sweeps
 
 HALO_ROWS = 256  # segments stepped in parallel
 RHO_ROWS, RHO_STEPS = 64, 48

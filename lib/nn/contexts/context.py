@@ -2,7 +2,7 @@
 
     z^0 = c_{t-1},  z^l = LN_l(z^{l-1} + relu(A_l z^{l-1} + B_l u_t + b_l)),  c_t = z^L  (cvfp.md 2)
 
-`trajectory` steps over time with all rows in parallel; lib.nn.one_step is the map of a single step.
+`trajectory` steps over time with all rows in parallel; `one_step` is the map of a single step.
 Its backward is written by hand: kept are the states (wide) and the rectified parts (compute dtype),
 6 bytes a channel and layer in bf16.
 Letters: T time, B rows, L layers, d width, e input width. State and LN are fp32 (fp64 stays fp64),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.core.rng import torch_generator
-from lib.nn.context import matmul_dtype
-from lib.nn.objective import Learner
+from lib.nn.contexts.context import matmul_dtype
+from lib.nn.contexts.objective import Learner
 
 CANDIDATES = 512  # of the predictive term, the true one included
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lib.nn import probes
-from lib.nn.first_sweep import contraction_of, inputs_of_stream, ranks_of
-from lib.nn.memory_term import Memory, offset_targets
-from lib.nn.objective import Learner, Numbers, Terms, unique_tables
-from lib.nn.one_step import one_step
-from lib.nn.sweeps import Noise, Sweeps
+from lib.nn.contexts import probes
+from lib.nn.contexts.first_sweep import contraction_of, inputs_of_stream, ranks_of
+from lib.nn.contexts.memory_term import Memory, offset_targets
+from lib.nn.contexts.objective import Learner, Numbers, Terms, unique_tables
+from lib.nn.contexts.one_step import one_step
+from lib.nn.contexts.sweeps import Noise, Sweeps
 
 
 class Chunk:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lib.core import files
 from lib.core.progress import progress
-from lib.nn.sweeps import Sweeps
+from lib.nn.contexts.sweeps import Sweeps
 
 KEPT, TWICE = 20.1 / 7.1, 27.2 / 7.1  # FLOPs of a learning token over sweep 0's (cvfp.md 15.2)
 SMOOTH = 0.5  # weight of the last chunk in the mean

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib.nn.context import TokenTables, Weights, shifts, trajectory
-from lib.nn.halo import Repairs, halo
-from lib.nn.one_step import one_step
+from lib.nn.contexts.context import TokenTables, Weights, shifts, trajectory
+from lib.nn.contexts.halo import Repairs, halo
+from lib.nn.contexts.one_step import one_step
 from tests import golden
 
 D, N = 16, 50

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.nn.context import Weights
-from lib.nn.one_step import step_rows
+from lib.nn.contexts.context import Weights
+from lib.nn.contexts.one_step import step_rows
 
 SLICE = 4  # time steps whose token side is held at once
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from lib.core.rng import torch_generator
-from lib.nn.budget import sweep_bytes
-from lib.nn.chunk import Chunk, Record
-from lib.nn.first_sweep import write_first_sweep
-from lib.nn.objective import (
+from lib.nn.contexts.budget import sweep_bytes
+from lib.nn.contexts.chunk import Chunk, Record
+from lib.nn.contexts.first_sweep import write_first_sweep
+from lib.nn.contexts.objective import (
     Learner,
     Numbers,
     Objective,
@@ -24,10 +24,10 @@ from lib.nn.objective import (
     handed,
     two_pass,
 )
-from lib.nn.pace import KEPT, TWICE, Pace
-from lib.nn.solver import Solver
-from lib.nn.sweep_state import SweepState
-from lib.nn.sweeps import Noise, Sweeps
+from lib.nn.contexts.pace import KEPT, TWICE, Pace
+from lib.nn.contexts.solver import Solver
+from lib.nn.contexts.sweep_state import SweepState
+from lib.nn.contexts.sweeps import Noise, Sweeps
 
 
 class Jacobi(Solver):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.nn.diversity import Diversity, random_directions
+from lib.nn.contexts.diversity import Diversity, random_directions
 
 KINDS = ("mcdl", "oacd", "vicreg", "logdet", "sigreg")
 

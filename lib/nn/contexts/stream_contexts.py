@@ -1,6 +1,6 @@
 """Frozen vectors of one stream, made once and read by position: Phase 2 under `reset: never`.
 
-Held:  c_t of every training token, sweep 0 of lib.nn.sweeps in a single file. Its key is a hash of
+Held:  c_t of every training token, sweep 0 of `sweeps` in a single file. Its key is a hash of
        the frozen weights and the table, so runs that have equal ones share it.
 Use:   z^1..z^L of a token follow from c_{t-1} in one step, all rows and times in parallel; kept
        they would take L times the room (cvfp.md 12.1).
@@ -17,10 +17,10 @@ from torch import Tensor
 from lib.core import artifact, files
 from lib.core.errors import UserError
 from lib.core.progress import progress
-from lib.nn.first_sweep import write_first_sweep
-from lib.nn.objective import Learner
-from lib.nn.solver import Solver
-from lib.nn.sweeps import Sweeps
+from lib.nn.contexts.first_sweep import write_first_sweep
+from lib.nn.contexts.objective import Learner
+from lib.nn.contexts.solver import Solver
+from lib.nn.contexts.sweeps import Sweeps
 
 CHUNK_TOKENS = 1_000_000  # of a journal line
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.nn import probes
-from lib.nn.context import Weights, trajectory
+from lib.nn.contexts import probes
+from lib.nn.contexts.context import Weights, trajectory
 from tests import golden
 from tests.nn.test_context import golden_weights, random_weights
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.nn.context import EPS
+from lib.nn.contexts.context import EPS
 
 
 class Frozen(nn.Module):

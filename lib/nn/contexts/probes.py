@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.nn.context import EPS, Weights, trajectory
+from lib.nn.contexts.context import EPS, Weights, trajectory
 
 SEED_ROWS, ROWS, SVD_ROWS = 10_000, 25_600, 4096
 LAGS = (0, 1, 2, 4, 8, 16)

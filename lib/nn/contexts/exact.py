@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lib.core.rng import torch_generator
-from lib.nn.context import Weights, trajectory
-from lib.nn.memory_term import Memory, offset_targets
-from lib.nn.objective import (
+from lib.nn.contexts.context import Weights, trajectory
+from lib.nn.contexts.memory_term import Memory, offset_targets
+from lib.nn.contexts.objective import (
     Learner,
     Numbers,
     Objective,
@@ -24,8 +24,8 @@ from lib.nn.objective import (
     two_pass,
     unique_tables,
 )
-from lib.nn.one_step import one_step
-from lib.nn.solver import Solver
+from lib.nn.contexts.one_step import one_step
+from lib.nn.contexts.solver import Solver
 
 EXACT_TOKENS = 32_768  # most tokens of a micro-batch of documents; fixes the order of sums
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lib.core.errors import InputError
 from lib.core.rng import torch_generator
-from lib.nn.budget import graph_bytes
-from lib.nn.context import TokenTables, Weights, matmul_dtype
-from lib.nn.diversity import Diversity, random_directions
+from lib.nn.contexts.budget import graph_bytes
+from lib.nn.contexts.context import TokenTables, Weights, matmul_dtype
+from lib.nn.contexts.diversity import Diversity, random_directions
 
 
 class Source(Protocol):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.nn.context import EPS, Weights, trajectory
+from lib.nn.contexts.context import EPS, Weights, trajectory
 
 BLOCK = 512  # rows
 layer_norm = torch.ops.aten.native_layer_norm

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.core import artifact, files
-from lib.nn.objective import Learner
-from lib.nn.sweeps import JOURNAL, Sweeps, read_journal
+from lib.nn.contexts.objective import Learner
+from lib.nn.contexts.sweeps import JOURNAL, Sweeps, read_journal
 
 
 class SweepState:
