@@ -28,7 +28,7 @@ from lib.core.run_settings import Runtime, Train
 from lib.eval.depth import ExitScorer, exit_bpb
 from lib.eval.scorer import Rules
 from lib.models import trm
-from lib.models._recursion import inference_flops
+from lib.models._trm_sizes import inference_flops
 from lib.models.base import build
 from lib.models.trm import Config
 from lib.train import trainer

@@ -150,7 +150,7 @@ def test_config_is_frozen_and_loads_without_torch(name, tmp_path):
 
 
 def _foreign(statement: ast.stmt) -> bool:
-    """An import of neither the standard library nor lib.core."""
+    """An import of neither the standard library, lib.core nor a family's `_<name>_sizes`."""
     if isinstance(statement, ast.ImportFrom):
         names = [statement.module or ""]
     elif isinstance(statement, ast.Import):
@@ -158,7 +158,10 @@ def _foreign(statement: ast.stmt) -> bool:
     else:
         return False
     return not all(
-        n.split(".")[0] in sys.stdlib_module_names or n.startswith("lib.core") for n in names
+        n.split(".")[0] in sys.stdlib_module_names
+        or n.startswith("lib.core")
+        or (n.startswith("lib.models._") and n.endswith("_sizes"))
+        for n in names
     )
 
 
@@ -238,7 +241,7 @@ def test_first_loss_is_near_ln_v_and_follows_the_seed(name, i):
 
 @every_family
 def test_groups_partition_the_parameters_and_one_batch_is_learned(name, i):
-    model, one, steps = make(name, i), batch(2), 40
+    model, one, steps = make(name, i), batch(2), 60  # 40 are few on some CPUs
     groups = model.param_groups(Optim(lr=1e-2, steps=steps, batch_tokens=2 * T))
     names = [n for group in groups for n in group.params]
     assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)

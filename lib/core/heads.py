@@ -1,15 +1,16 @@
 """`Config` of a family file without running the file: sections are typed before torch is imported.
 
 In:    lib/models/<family>.py. Out: its class `Config`, from the file's head alone.
-Rule:  the head, down to the end of `Config`, needs the standard library, lib.core and modules like
-       lib/models/_<name>.py (no family, no torch) only; other imports are left out, as is all that
-       follows but plain functions, which `Config` may call.
+Rule:  the head, down to the end of `Config`, needs the standard library, lib.core and modules
+       lib/models/_<name>_sizes.py (arithmetic, no torch) only; other imports are left out, as is
+       all that follows but plain functions, which `Config` may call.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 import types
 from functools import cache
@@ -69,7 +70,8 @@ def _is_ours_to_import(node: ast.stmt) -> bool:
         return True
     return all(
         name.split(".")[0] in sys.stdlib_module_names
-        or name.startswith(("lib.core", "lib.models._"))
+        or name.startswith("lib.core")
+        or re.fullmatch(r"lib\.models\._\w+_sizes", name) is not None  # arithmetic alone
         for name in names
     )
 

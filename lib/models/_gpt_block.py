@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.kernels.relu2_mlp import relu2_mlp
-from lib.models._gpt_accounts import GATE_INPUTS
+from lib.models._gpt_sizes import GATE_INPUTS
 from lib.nn.attention import attend_after_shared, causal_attention, continues_one_row
 from lib.nn.linear import Linear
 from lib.nn.norm import rms_norm

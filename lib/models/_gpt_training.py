@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lib.models._gpt_accounts import reference_params
+from lib.models._gpt_sizes import reference_params
 from lib.models.base import Group, Optim
 
 if TYPE_CHECKING:

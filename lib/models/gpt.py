@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
-from lib.models._gpt_accounts import (
+from lib.models._gpt_block import Block
+from lib.models._gpt_native import native
+from lib.models._gpt_sizes import (
     SMEAR_INPUTS,
     decode_flops,
     kv_bytes_per_token,
@@ -30,8 +32,6 @@ from lib.models._gpt_accounts import (
     scaling_params,
     training_flops,
 )
-from lib.models._gpt_block import Block
-from lib.models._gpt_native import native
 from lib.models._gpt_training import RATIO, initial, param_groups
 from lib.models.base import (
     Batch,

@@ -25,7 +25,7 @@ from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
-from lib.models._recursion import Counts, forward_flops, training_flops
+from lib.models._trm_sizes import Counts, forward_flops, training_flops
 from lib.models.base import (
     STEP,
     Batch,

@@ -14,7 +14,7 @@ from torch import Tensor
 from lib.core.errors import UserError
 from lib.core.refusal import Refused
 from lib.models import gpt
-from lib.models._gpt_accounts import reference_params, scaling_params
+from lib.models._gpt_sizes import reference_params, scaling_params
 from lib.models._gpt_training import batch_factor
 from lib.models.base import Optim, build
 from lib.models.gpt import Config, Model

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib.core.errors import UserError
 from lib.core.refusal import Refused
 from lib.models import trm
-from lib.models._recursion import inference_flops, training_flops
+from lib.models._trm_sizes import inference_flops, training_flops
 from lib.models.base import STEP, Optim, build
 from lib.models.trm import Config, Model
 from lib.nn.ema import Ema

@@ -9,7 +9,7 @@ import torch
 from lib.nn.contexts import probes
 from lib.nn.contexts.context import Weights, trajectory
 from tests import golden
-from tests.nn.test_context import golden_weights, random_weights
+from tests.nn.contexts.test_context import golden_weights, random_weights
 
 
 def test_golden_ranks_and_contraction(shared):
