@@ -56,7 +56,8 @@ KINDS: dict[str, Kind] = {
     ),
     "model": Kind("checkpoints/gpt/final/*", "evaluate_gpt", ("metrics/gpt",)),
     "model for export": Kind("checkpoints/gpt/final/*", "export_gpt", ("checkpoints/gpt/export",)),
-    "evaluation record": Kind("metrics/gpt/*", "evaluate_gpt", ("metrics/gpt",), ran=True),
+    # Not curve.csv and loss.csv, which are training's and none of its inputs.
+    "evaluation record": Kind("metrics/gpt/[!cl]*", "evaluate_gpt", ("metrics/gpt",), ran=True),
     "finished evaluation": Kind(
         "data/work/evaluate_gpt/*/**/*", "evaluate_gpt", ("metrics/gpt",), ran=True
     ),
