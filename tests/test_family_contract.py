@@ -241,7 +241,9 @@ def test_first_loss_is_near_ln_v_and_follows_the_seed(name, i):
 
 @every_family
 def test_groups_partition_the_parameters_and_one_batch_is_learned(name, i):
-    model, one, steps = make(name, i), batch(2), 60  # 40 are few on some CPUs
+    model, one = make(name, i), batch(2)
+    # Phase 8 with a dense table was at 1.34 of 4.10 after 40 on one CPU, at 0.65 after 60.
+    steps = 60 if (name, i) == ("phase8", 2) else 40
     groups = model.param_groups(Optim(lr=1e-2, steps=steps, batch_tokens=2 * T))
     names = [n for group in groups for n in group.params]
     assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
