@@ -161,7 +161,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """Where weights are pushed while a run goes on; the token comes from HF_TOKEN or the login."""
+    """Where weights go during a run and at its end; the token comes from HF_TOKEN or the login."""
 
     repo: str  # owner/name
     every_steps: int = 1000

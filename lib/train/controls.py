@@ -62,7 +62,7 @@ def _one(job: Job, module: ModuleType, arm: str, config: Any, number: int) -> di
         settings=replace(job.settings, steps=steps, eval_every=0, sample_every=0, controls=None),
         work=folder,
         identity={**job.identity, "arm": arm, "number": number},
-        push=lambda step, weights: None,
+        push=lambda step, weights, last: None,
     )
     outcome = train(own)
     best = outcome.position.best

@@ -110,7 +110,7 @@ class Job:
     bytes_per_token: float = 0.0  # of the training text
     validate: Callable[[Family], float | None] = lambda model: None  # bits per byte
     sample: Callable[[Family], list[str]] = lambda model: []
-    push: Callable[[int, dict[str, Tensor]], None] = lambda step, weights: None
+    push: Callable[[int, dict[str, Tensor], bool], None] = lambda step, weights, last: None
     # for what stands beside a run: another model of its family (config, seed, whether it begins
     # with the weights that the run began with), the first packed rows, validation text a token
     build: Callable[[Any, int, bool], Family] = lambda config, seed, started: Family()

@@ -92,8 +92,8 @@ def open_job(run: Run, family: str, identity: Mapping[str, Any]) -> Iterator[Job
         require_wire(settings, model)
         require_memory(model, run.runtime, device)
 
-        def push_weights(step: int, weights: dict[str, Tensor]) -> None:
-            if push is None or not push.is_free():
+        def push_weights(step: int, weights: dict[str, Tensor], last: bool) -> None:
+            if push is None or not push.is_free(wait=last):  # the finished model is never left out
                 return
             what = exportable(module, family, config, weights, data, run.inputs["tokenizer"])
             facts = {"run": run.name, "steps": str(step), "seed": str(seed)}

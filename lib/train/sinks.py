@@ -8,6 +8,7 @@ Note:  the run id of a tracker follows from the working folder, so a resumed run
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -145,8 +146,10 @@ class HubPush:
         self._process: subprocess.Popen[str] | None = None
         self._made = self._failed = 0
 
-    def is_free(self) -> bool:
-        """Whether the push before has ended; its failure is said here."""
+    def is_free(self, wait: bool = False) -> bool:
+        """Whether the push before has ended, waited for if asked; its failure is said here."""
+        if wait:
+            self._end()
         return not self._is_running()
 
     def start(self, folder: Path) -> None:
@@ -176,14 +179,16 @@ class HubPush:
             last = text.strip().splitlines()[-1:] or [f"exit {process.returncode}"]
             self._warn(f"push to {self.settings.repo} failed, tried again later: {redact(last[0])}")
 
+    def _end(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PUSH_WAIT_S)
+            self._process.kill()  # nothing happens to one that has ended
+            self._account(self._process)
+
     def close(self) -> None:
         """Wait for a push that is under way, and say how they went."""
-        if self._process is not None:
-            try:
-                self._process.wait(PUSH_WAIT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-            self._account(self._process)
+        self._end()
         if self._made:
             failed = f", {self._failed} failed" if self._failed else ""
             self._log(f"{self._made} pushes to {self.settings.repo}{failed}")

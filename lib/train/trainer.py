@@ -182,14 +182,15 @@ def train(job: Job) -> Outcome:
                 is_last = done == position.end(plan.steps, settings)
                 if settings.sample_every and done % settings.sample_every == 0:
                     sample(done)
-                pushes = runtime.hub is not None and done % runtime.hub.every_steps == 0
+                hub = runtime.hub
+                pushes = hub is not None and (is_last or done % hub.every_steps == 0)
                 asked = asked or (world == 1 and job.stop.asked)  # since the numbers were taken
                 waits = model.sweep_end() or done - committed >= runtime.checkpoint_every_steps
                 if is_last or asked or late or improved or waits or pushes:
                     state.commit(observer)
                     committed, committed_at = done, time.monotonic()
                 if pushes:
-                    job.push(done, state.weights())
+                    job.push(done, state.weights(), is_last)
                 if looks or committed == done:
                     observer.restart_clock()
                 if is_last:

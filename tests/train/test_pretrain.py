@@ -323,10 +323,14 @@ def test_sinks_out_of_reach_change_no_byte_and_are_counted(trained, project, tmp
 
 
 def test_what_the_hub_gets_is_the_exported_checkpoint(project, tmp_path):
-    """Weights, card, config, every file of the tokenizer; committed before; no optimizer state."""
+    """Weights, card, config, every file of the tokenizer; committed before; no optimizer state.
+
+    A slow hub misses steps between, never the finished model.
+    """
     modules = tmp_path / "modules"
     modules.mkdir()
-    (modules / "huggingface_hub.py").write_text(FAKE_HUB)
+    slow = FAKE_HUB.replace("import os, sys\n", "import os, sys, time\ntime.sleep(3)\n")
+    (modules / "huggingface_hub.py").write_text(slow)
     (modules / "wandb.py").write_text(BROKEN_WANDB)
     code, _, err = with_sinks(project, modules)
     assert code == 0, err

@@ -543,11 +543,11 @@ def test_state_on_disk_of_another_generation_is_refused(tmp_path):
 
 def test_the_hub_gets_the_averaged_weights_at_its_interval(tmp_path):
     pushed = {}
-    runtime = replace(RUNTIME, hub=Hub(repo="me/tiny", every_steps=3))
+    runtime = replace(RUNTIME, hub=Hub(repo="me/tiny", every_steps=4))
     outcome = run(
-        tmp_path, runtime=runtime, push=lambda step, weights: pushed.update({step: weights})
+        tmp_path, runtime=runtime, push=lambda step, weights, last: pushed.update({step: weights})
     )
-    assert sorted(pushed) == [3, 6, 9]
+    assert sorted(pushed) == [4, 8, 9], "at its interval, and the finished model"
     assert pushed[9].keys() == outcome.weights.keys()
     assert all(torch.equal(pushed[9][n], t) for n, t in outcome.weights.items())
     raw = read_tensors(tmp_path / "step_9/model.safetensors")
