@@ -26,10 +26,10 @@ import torch
 
 from lib.cli.bench_trials import trial_of
 from lib.cli.commands.config import load_profile
+from lib.cli.measure import Stepper, Trial, timed
 from lib.core import files
 from lib.core.errors import UserError
 from lib.core.kernel_choice import interpreting
-from lib.train.measure import Stepper, Trial, timed
 
 RUNS = ("phase7", "phase8", "phase7_transformer")
 OUT = Path("benchmarks/out")

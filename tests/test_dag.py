@@ -38,11 +38,28 @@ def test_an_undeclared_import_and_an_idle_declaration_are_both_found(tmp_path):
     for part in ("lib", "stages"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     text = (ROOT / "dvc.yaml").read_text()
-    text = text.replace("      - lib/core/files.py\n", "      - lib/core/nothing.py\n", 1)
+    text = text.replace("      - lib/data/tokens.py\n", "      - lib/data/nothing.py\n", 1)
     (tmp_path / "dvc.yaml").write_text(text)
     shutil.copy(ROOT / "params.yaml", tmp_path)  # names the families of added runs
     lines = dag.differences(tmp_path)
-    assert len(lines) == 2 and "files.py is imported" in lines[0] and "nothing.py" in lines[1]
+    assert len(lines) == 2 and "tokens.py is imported" in lines[0] and "nothing.py" in lines[1]
+
+
+def test_only_what_is_imported_whole_is_named_as_a_folder():
+    """A folder with an idle file in it would train again for an edit that has no effect."""
+    whole = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "lib/nn").glob("**/*.py"))
+    assert dag.folded([*whole, "lib/core/files.py"], ROOT) == ["lib/core", "lib/nn"]
+    part = [name for name in whole if name != "lib/nn/linear.py"]
+    assert dag.folded(part, ROOT) == sorted(
+        ["lib/nn/contexts", "lib/nn/stream", *(n for n in part if n.count("/") == 2)]
+    )
+
+
+def test_a_stage_depends_on_every_file_of_its_kernels():
+    """Which of them runs, the reference or Triton, is decided on the user's machine."""
+    gpt = STAGES["train_gpt"]["deps"]
+    assert "lib/kernels/rms_norm" in gpt and "lib/kernels/gla" not in gpt
+    assert "lib/kernels/xxt/triton.py" in dag.closure([ROOT / "lib/kernels/xxt/__init__.py"], ROOT)
 
 
 def wanted_parameters(name: str) -> set[str]:
@@ -79,7 +96,8 @@ def test_paths_of_the_command_are_dependencies_and_outputs(name):
     assert options["out"] in outs
     assert all(out in places or str(Path(out).parent) in places for out in outs)
     given = {k: v for k, v in options.items() if k in (*stage.inputs, *stage.extras)}
-    data = {d for d in body["deps"] if not d.endswith(".py")} - {"data/local", "data/samples"}
+    data = {d for d in body["deps"] if not d.startswith(("lib/", "stages/"))}
+    data -= {"data/local", "data/samples"}
     if name == dag.REPORT:  # every run's files, listed one by one
         assert data == set(dag.report_inputs(ROOT))
         return

@@ -25,7 +25,7 @@ MOST_BLOCKS = 256
 
 def trial_of(settings: Settings, run_name: str, **changes: Any) -> Any:
     """A run's family at the sizes of the profile."""
-    from lib.train.measure import Trial
+    from lib.cli.measure import Trial
 
     section = settings.train[run_name]
     encoding = settings.encode_tokens[section.tokens or "bpe"]
@@ -69,7 +69,7 @@ def dry_run(settings: Settings, name: str, count: int, as_json: bool) -> None:
     """Full shapes on random tokens, nothing written: is the training sound, does it fit?"""
     import torch
 
-    from lib.train.measure import rehearse
+    from lib.cli.measure import rehearse
 
     if count < 2:
         raise UserError("too few steps", value=count, remedy="--dry-run 2 or more")
@@ -144,7 +144,7 @@ def _trial(trial: Any, depth: int, budget: float | None) -> dict[str, Any]:
         "rows": 1, "context": trial.context, "device": trial.device, "budget_bytes": budget,
         "settings": {k: v for k, v in artifact.plain(trial.settings).items() if k != "model"},
     }  # fmt: skip
-    command = [sys.executable, "-m", "lib.train.measure", json.dumps(asked)]
+    command = [sys.executable, "-m", "lib.cli.measure", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from lib.cli.measure import reached_by_gradient
 from lib.core.rng import torch_generator
 from lib.models.base import Family, build, load_family
 from lib.train.job import Batch
-from lib.train.measure import reached_by_gradient
 
 TOKENS = 64  # of the rows that are looked at, where the context is not shorter
 

@@ -2,6 +2,10 @@
 
 `python -m lib.core.dag --write` puts every stage's import closure into dvc.yaml (comments stay);
 `--check` compares both directions. `code_hash` is what a working state remembers of the code.
+
+Rule:  a stage depends on the files it imports, one by one; a folder that it imports whole is one
+       dependency, and so is `lib/core`, the frame, of which every stage takes nearly all.
+Why:   DVC reads and writes all of dvc.lock after each stage, which cost more than a small stage.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from lib.core.errors import KumikiError, UserError, raise_all, report_lines
 DVC_YAML = "dvc.yaml"
 ROOTS = ("lib", "stages")
 REPORT = "report"  # the stage whose data dependencies are written too: every run's files
+FRAME = "lib/core"
+KERNELS = "lib/kernels"  # what lies in an operator's folder is chosen when it runs
 # What computes: a change here may change bytes, so unfinished work is not silently continued.
 COMPUTES = ("lib/data/", "lib/models/", "lib/nn/", "lib/kernels/", "lib/train/", "lib/eval/")
 
@@ -78,7 +84,20 @@ def closure(entries: list[Path], root: Path) -> list[str]:
         if path not in done:
             done.add(path)
             todo.extend(imports_of(path, root))
+            if path.parent.parent == root / KERNELS:
+                todo.extend(path.parent.glob("*.py"))
     return sorted(p.relative_to(root).as_posix() for p in done)
+
+
+def folded(names: list[str], root: Path) -> list[str]:
+    """`names`, with the folder in place of its files wherever none of them is missing."""
+    left, folders = set(names), []
+    for folder in sorted(path for path in (root / "lib").glob("**/") if path != root / "lib"):
+        name = folder.relative_to(root).as_posix()
+        inside = {path.relative_to(root).as_posix() for path in folder.glob("**/*.py")}
+        if inside and (inside <= left or (name == FRAME and inside & left)):
+            left, folders = left - inside, [*folders, name]
+    return sorted([*left, *folders])
 
 
 @cache
@@ -162,14 +181,20 @@ def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]
 
 
 def wanted_code(body: dict[str, Any], root: Path) -> list[str]:
-    """The `.py` dependencies that a stage should declare."""
+    """The code that a stage should declare: files, and folders that it imports whole."""
     entries = []
     for module in body["cmd"].split():
         if module.startswith(("stages.", "lib.")):
             entries += _candidates(module, root)
     entries += loaded_by_name(module_of(body["cmd"]), root)
     families, templated = families_of(body, root)
-    return [name for name in closure(entries + families, root) if name not in templated]
+    files = closure(entries + families, root)
+    return folded([name for name in files if name not in templated], root)
+
+
+def is_code(dependency: str) -> bool:
+    """Whether `make dag` writes this entry; a templated one is written by hand."""
+    return dependency.startswith(("lib/", "stages/")) and "$" not in dependency
 
 
 def report_inputs(root: Path) -> list[str]:
@@ -191,10 +216,10 @@ def report_inputs(root: Path) -> list[str]:
 
 
 def differences(root: Path) -> list[str]:
-    """One line for each `.py` dependency that is missing in dvc.yaml or is there without need."""
+    """One line for each code dependency that is missing in dvc.yaml or is there without need."""
     lines = []
     for name, body in stages_of(root).items():
-        declared = {d for d in body.get("deps", []) if d.endswith(".py") and "$" not in d}
+        declared = {d for d in body.get("deps", []) if is_code(d)}
         wanted = set(wanted_code(body, root))
         if name == REPORT:
             declared, wanted = set(body.get("deps", [])), wanted | set(report_inputs(root))
@@ -204,7 +229,7 @@ def differences(root: Path) -> list[str]:
 
 
 def write(root: Path) -> bool:
-    """Bring the `.py` dependencies of dvc.yaml in step; data dependencies come first and stay.
+    """Bring the code dependencies of dvc.yaml in step; data dependencies come first and stay.
 
     The report's are written as well, so that an added run is on the page.
     """
@@ -222,7 +247,7 @@ def write(root: Path) -> bool:
     tree = round_trip.load(before)
     for name, raw in tree["stages"].items():
         body = raw.get("do", raw)
-        data = [d for d in body.get("deps", []) if not d.endswith(".py") or "$" in d]
+        data = [d for d in body.get("deps", []) if not is_code(d)]
         data = report_inputs(root) if name == REPORT else data
         foreach = {"foreach": raw["foreach"]} if "foreach" in raw else {}
         body["deps"] = data + wanted_code({**body, **foreach}, root)

@@ -25,9 +25,9 @@ from lib.core.errors import InputError
 from lib.core.rng import seed_global
 from lib.core.run_settings import Train
 from lib.models.base import Family
-from lib.nn.ema import Ema
 from lib.train import parallel, safety
 from lib.train.checkpoint import Checkpoint, Checkpoints
+from lib.train.ema import Ema
 from lib.train.observe import Observer
 from lib.train.optim import Optimizer
 from lib.train.precision import LossScaler

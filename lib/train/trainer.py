@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lib.core import ranks
-from lib.nn.ema import Ema
 from lib.train import parallel, rounding, safety
 from lib.train.checkpoint import Checkpoints
+from lib.train.ema import Ema
 from lib.train.job import Batch, Job, Outcome, cut
 from lib.train.observe import Observer
 from lib.train.optim import build_optimizer

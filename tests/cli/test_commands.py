@@ -513,7 +513,7 @@ def test_two_families_are_measured_side_by_side(kumiki, project, monkeypatch):
 
 
 def test_a_frozen_gradient_is_told(kumiki, monkeypatch):
-    from lib.train import measure
+    from lib.cli import measure
 
     names = measure.reached_by_gradient
     monkeypatch.setattr(

@@ -25,7 +25,7 @@ from lib.models import trm
 from lib.models._trm_sizes import inference_flops, training_flops
 from lib.models.base import STEP, Optim, build
 from lib.models.trm import Config, Model
-from lib.nn.ema import Ema
+from lib.train.ema import Ema
 from lib.train.schedule import make_schedule
 from tests.golden import array, read
 

@@ -93,7 +93,7 @@ def test_a_planted_defect_is_found(name, monkeypatch):
 def test_an_average_that_is_not_saved_is_found(tmp_path, monkeypatch):
     """A resumed run would go on from the weights of the moment."""
     from lib.core.errors import Interrupted
-    from lib.nn.ema import Ema
+    from lib.train.ema import Ema
 
     whole = tiny.train(tiny.make_job(tmp_path / "a"))
     monkeypatch.setattr(Ema, "state_tensors", lambda self: {})

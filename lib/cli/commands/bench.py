@@ -75,7 +75,7 @@ def steps(settings: Settings, names: Sequence[str], as_json: bool) -> None:
     """Forward, backward and step of each; of two, at several lengths and equal tokens."""
     import torch
 
-    from lib.train.measure import rates
+    from lib.cli.measure import rates
 
     torch.set_num_threads(settings.runtime.threads)
     rows: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ CLOZE_ITEMS, CLOZE_SEED = 400, 0
 
 def run(arguments: argparse.Namespace, root: Path | None) -> None:
     """Take local tasks by their labels, any other name from the harness itself."""
-    from lib.eval.harness import PREFIX, Subject, adapt, run_harness, write_tasks
+    from lib.cli.harness import PREFIX, Subject, adapt, run_harness, write_tasks
     from lib.eval.scorer import Rules
     from lib.nn.stream import for_reading
     from lib.train.precision import pick_device
@@ -88,7 +88,7 @@ def _figures(result: dict[str, Any]) -> dict[str, float]:
 
 def _beside(subject: Any, task: Task, cap: int, samples: Sequence[Any]) -> dict[str, float]:
     """Our accuracies on the same rows, and how far log-likelihoods differ on the same ids."""
-    from lib.eval.harness import compare
+    from lib.cli.harness import compare
     from lib.eval.prompts import make_examples
 
     rows = bundles.read_rows(task, cap)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.core.errors import InputError
-from lib.nn.ema import Ema
+from lib.train.ema import Ema
 
 
 def model_of(dtype=torch.float32) -> nn.Linear:

@@ -1,7 +1,7 @@
 """Measured steps of a family at full size: time, peak memory, and whether its training is sound.
 
 In:    a family, its Config, sizes of a step.   Out: numbers; nothing is written anywhere.
-Note:  the only place where random ids are trained on. `python -m lib.train.measure` is one trial in
+Note:  the only place where random ids are trained on. `python -m lib.cli.measure` is one trial in
        a process of its own, so that its peak is its own and running out of memory ends it alone.
 """
 
