@@ -55,6 +55,12 @@ def test_only_what_is_imported_whole_is_named_as_a_folder():
     )
 
 
+def test_a_package_file_is_a_dependency_as_soon_as_it_holds_code():
+    """A docstring changes no result; what stands beside it may."""
+    gpt = STAGES["train_gpt"]["deps"]
+    assert "lib/models/__init__.py" in gpt and "lib/data/__init__.py" not in gpt
+
+
 def test_a_stage_depends_on_every_file_of_its_kernels():
     """Which of them runs, the reference or Triton, is decided on the user's machine."""
     gpt = STAGES["train_gpt"]["deps"]

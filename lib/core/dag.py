@@ -189,7 +189,17 @@ def wanted_code(body: dict[str, Any], root: Path) -> list[str]:
     entries += loaded_by_name(module_of(body["cmd"]), root)
     families, templated = families_of(body, root)
     files = closure(entries + families, root)
-    return folded([name for name in files if name not in templated], root)
+    names = folded([name for name in files if name not in templated], root)
+    return [name for name in names if not _is_bare(root / name)]
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether a package's file holds a docstring and nothing that could change a result."""
+    if path.name != "__init__.py":
+        return False
+    return all(
+        isinstance(getattr(node, "value", None), ast.Constant) for node in _source(path).body
+    )
 
 
 def is_code(dependency: str) -> bool:
