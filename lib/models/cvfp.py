@@ -22,15 +22,21 @@ from torch.nn import functional as F
 from lib.core.errors import UserError
 from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
-from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models._hidden import frozen_of, take_blocks
 from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights
 from lib.nn.contexts import probes
-from lib.nn.contexts.arms import controls, starts_from_weights, verdict
-from lib.nn.contexts.context import EPS, Layer, Weights, initial, leaky_trace, shifts, trajectory
+from lib.nn.contexts.arms import (
+    controls,
+    given_instead,
+    given_width,
+    starts_from_weights,
+    verdict,
+)
+from lib.nn.contexts.context import EPS, Layer, Weights, initial, shifts, trajectory
 from lib.nn.contexts.exact import Exact
 from lib.nn.contexts.handover import take_phase1
 from lib.nn.contexts.jacobi import Jacobi
+from lib.nn.contexts.predicting import Head, TiedHead, TokenBlock
 from lib.nn.contexts.solver import Solved, Solver
 from lib.nn.contexts.stream_contexts import StreamContexts
 
@@ -183,7 +189,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
     activation_bytes = 2**30  # graphs of a step that may be kept, runtime.activation_bytes
     seed = 0
     reset_id: Tensor
-    head: nn.Linear | TiedHead
+    head: Head | TiedHead
     solver: Solver
 
     def __init__(self, config: Config, vocab_size: int) -> None:
@@ -210,7 +216,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         if config.given == "leaky":
             self.leaky = nn.Linear(e, d, bias=False).requires_grad_(False)
         self.memory_head = nn.ModuleList()
-        self.token_block = nn.ModuleList()
+        self.token_block = TokenBlock()
         if self.learns_contexts:
             ahead = config.horizons if config.memory_kind == "predict" else config.lags
             heads = ahead if get("memory") > 0 else ()
@@ -219,14 +225,9 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             return
         if config.given == "context" and get("reset") == "never" and not get("train_context"):
             self.solver = StreamContexts(self)
-        width = self._given_width()
+        width = given_width(config)
         self.token_block.extend(Layer(e, width + e, dtype=dtype) for _ in range(config.layers))
-        self.head = nn.Linear(e, vocab_size) if get("head") == "untied" else TiedHead(e, vocab_size)
-
-    def _given_width(self) -> int:
-        c = self.config
-        widths = {"none": 0, "previous": c.previous * c.width, "leaky": c.d}
-        return widths[c.given] if c.given in widths else c.d * (1 + c.get("history"))
+        self.head = (Head if get("head") == "untied" else TiedHead)(e, vocab_size)
 
     # ------------------------------------------------------------ tokens and contexts
 
@@ -301,16 +302,10 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         before (T, B, d): the true c_{t-1} where they are known, so that nothing is stepped over.
         """
         config, B = self.config, e.shape[1]
-        if config.given == "none":
-            return [e[..., :0]], {}
-        if config.given == "previous":
-            last = state.get("tokens") or (e.new_zeros(B, config.width),) * config.previous
-            earlier, after = shifts(e, keep, last)
-            return [torch.cat(earlier, -1)], {"tokens": tuple(after)}
+        if config.given != "context":
+            R = self.leaky.weight if config.given == "leaky" else None
+            return given_instead(config, e, keep, state, R)
         c = state["c"] if state else e.new_zeros(B, config.d)
-        if config.given == "leaky":
-            z = leaky_trace(e, keep, c, self.leaky.weight)
-            return [F.layer_norm(z, z.shape[-1:], eps=EPS)], {"c": z[-1]}
         u, tokens = self.inputs_of(e, keep, state.get("tokens"))
         weights = self.weights()
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.get("train_context")):
@@ -343,12 +338,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             e = e.transpose(0, 1)
         keep = self.keep_of(tokens)
         Z, after = self.given(e, keep, state or {}, before)
-        h = e
-        for number, layer in enumerate(self.token_block):
-            assert isinstance(layer, Layer)
-            z = Z[min(number, len(Z) - 1)]
-            grown = F.linear(torch.cat((z, h), -1), layer.weight, layer.bias)
-            h = layer.norm((h + F.relu(grown)).to(layer.norm.weight.dtype)).to(e.dtype)
+        h = self.token_block(e, Z)
         return h.transpose(0, 1), after | window
 
     def forward(
@@ -358,7 +348,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         if self.learns_contexts:  # no head yet: uniform
             return self.embedding.weight.new_zeros(*tokens.shape, self.vocab_size), {}
         h, after = self.hidden(tokens, state)
-        return self._logits(h), after
+        return self.head.logits(h, self.embedding.weight), after
 
     def logits_at(
         self,
@@ -371,19 +361,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         if self.learns_contexts:
             return super().logits_at(tokens, where, state)
         h, after = self.hidden(tokens, state)
-        return self._logits(h[where]), after
-
-    def _logits(self, h: Tensor) -> Tensor:
-        """What the layers made (..., d) -> (..., V), fp32 at least."""
-        weight, bias, h = self._head(h)
-        logits = F.linear(h, weight, bias)
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def _head(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows (V, e), bias (V,), what they are multiplied with)."""
-        if isinstance(self.head, TiedHead):  # (E P) h = E (P h)
-            return self.embedding.weight, self.head.bias, F.linear(h, self.head.weight)
-        return self.head.weight, self.head.bias, h
+        return self.head.logits(h[where], self.embedding.weight), after
 
     # ------------------------------------------------------------ losses
 
@@ -393,8 +371,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             yield from self.solver.losses(batch)
             return
         e, before = self._read(batch)
-        losses = self._cross_entropy(batch.tokens, batch.targets, "mean", e, before)
-        yield losses
+        yield self._cross_entropy(batch.tokens, batch.targets, "mean", e, before)
 
     def _read(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Token vectors (B, T, e) and the contexts before (T, B, d), where they lie on disk."""
@@ -421,13 +398,8 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         e: Tensor | None = None,
         before: Tensor | None = None,
     ) -> Tensor:
-        weight, bias, h = self._head(self.hidden(tokens, e=e, before=before)[0])
-        # The operator knows no bias: one more column of ones.
-        h = torch.cat((h, torch.ones_like(h[..., :1])), -1)
-        whole = torch.cat((weight, bias[:, None]), 1)
-        return linear_cross_entropy(
-            h, whole, targets, vocab_size=self.vocab_size, reduction=reduction
-        )
+        h, _ = self.hidden(tokens, e=e, before=before)
+        return self.head.losses(h, self.embedding.weight, targets, reduction)
 
     # ------------------------------------------------------------ weights
 
@@ -522,12 +494,3 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             v = torch.randn(start.shape, generator=torch_generator(self.seed, "rho")).to(start)
             found["rho"] = probes.contraction(start, P, weights, draw=v)
         return found
-
-
-class TiedHead(nn.Module):
-    """P and b_U of the head U = E P."""
-
-    def __init__(self, width: int, vocab_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, width))
-        self.bias = nn.Parameter(torch.empty(vocab_size))

@@ -1,12 +1,20 @@
 """CVFP's controls: what its first phase has to be better than; the table in words (cvfp.md 14).
 
-A control is another config of the same family, trained on equal tokens at equal rates.
+A control is another config of the same family, trained on equal tokens at equal rates. Letters: T
+time, B rows, w token width, d context width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lib.nn.contexts.context import EPS, leaky_trace, shifts
 
 
 def controls(config: Any) -> dict[str, Any]:
@@ -28,6 +36,31 @@ def controls(config: Any) -> dict[str, Any]:
 def starts_from_weights(arm: str) -> bool:
     """Whether a control begins with the weights that the run itself began with."""
     return arm.startswith("phase1")
+
+
+def given_width(config: Any) -> int:
+    """Of each z that the token block reads."""
+    instead = {"none": 0, "previous": config.previous * config.width, "leaky": config.d}
+    return instead.get(config.given, config.d * (1 + config.get("history")))
+
+
+def given_instead(
+    config: Any, e: Tensor, keep: Tensor | None, state: Mapping[str, Any], R: Tensor | None
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """z of an arm without a context block, one of (T, B, width), and the state that continues it.
+
+    e (T, B, w), keep (T, B), 0 where a document begins; R (d, w): of the leaky trace.
+    """
+    B = e.shape[1]
+    if config.given == "none":
+        return [e[..., :0]], {}
+    if config.given == "previous":
+        last = state.get("tokens") or (e.new_zeros(B, config.width),) * config.previous
+        earlier, after = shifts(e, keep, last)
+        return [torch.cat(earlier, -1)], {"tokens": tuple(after)}
+    assert R is not None, "only the leaky trace is left"
+    z = leaky_trace(e, keep, state["c"] if state else e.new_zeros(B, config.d), R)
+    return [F.layer_norm(z, z.shape[-1:], eps=EPS)], {"c": z[-1]}
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
