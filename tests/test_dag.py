@@ -55,10 +55,16 @@ def test_only_what_is_imported_whole_is_named_as_a_folder():
     )
 
 
-def test_a_package_file_is_a_dependency_as_soon_as_it_holds_code():
+def test_a_package_file_is_a_dependency_as_soon_as_it_holds_code(tmp_path):
     """A docstring changes no result; what stands beside it may."""
-    gpt = STAGES["train_gpt"]["deps"]
-    assert "lib/models/__init__.py" in gpt and "lib/data/__init__.py" not in gpt
+    for part in ("lib", "stages"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    assert "lib/data/__init__.py" not in dag.wanted_code(STAGES["train_gpt"], tmp_path)
+    with (tmp_path / "lib/data/__init__.py").open("a") as package:
+        package.write("SEED = 1\n")
+    dag._source.cache_clear()
+    assert "lib/data/__init__.py" in dag.wanted_code(STAGES["train_gpt"], tmp_path)
 
 
 def test_a_stage_depends_on_every_file_of_its_kernels():

@@ -197,9 +197,8 @@ def _is_bare(path: Path) -> bool:
     """Whether a package's file holds a docstring and nothing that could change a result."""
     if path.name != "__init__.py":
         return False
-    return all(
-        isinstance(getattr(node, "value", None), ast.Constant) for node in _source(path).body
-    )
+    body = _source(path).body
+    return all(isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant) for x in body)
 
 
 def is_code(dependency: str) -> bool:
