@@ -29,14 +29,14 @@ from torch import nn
 from lib.core.chunkstore import RowFile, stored
 from lib.models import cvfp
 from lib.models.base import build
+from lib.nn.contexts.chunk import Chunk
 from lib.nn.contexts.first_sweep import HALO_ROWS
 from lib.nn.contexts.halo import Repairs, halo, warm_tokens
 from lib.nn.contexts.sweeps import Sweeps
 
 D, DEPTH, VOCAB = 768, 6, 50_257
-LEARNING_FLOPS = 20.1e6  # a token: forward and backward of the state side, cvfp.md 15.2
-TWO_PASS_FLOPS = 27.2e6
-FORWARD_FLOPS = 7.1e6
+FORWARD_FLOPS = 7.1e6  # a token, of the state side (cvfp.md 15.2)
+FLOPS = {"no learning": FORWARD_FLOPS, "kept": 20.1e6, "two passes": 27.2e6}
 
 
 class Ids:
@@ -150,8 +150,11 @@ def timed(work: Callable[[], object], tokens: int) -> float:
     return tokens / (clock() - start)
 
 
-def rates(folder: Path, tokens: int, turns: int) -> None:
-    """Learning, kept and in two passes, against the matrix rate and the direct implementation."""
+def rates(folder: Path, tokens: int, turns: int) -> dict[str, float]:
+    """A sweep without learning, learning with kept graphs and in two passes, against the matrix
+
+    rate (shares of the bound, by name) and the direct implementation.
+    """
     os.environ["KUMIKI_SCRATCH"] = str(folder)
     few = min(tokens, 32_768)  # graphs of more would take too much memory
     kept = model_of(few, few, folder / "kept", 2**40)
@@ -160,9 +163,17 @@ def rates(folder: Path, tokens: int, turns: int) -> None:
         step(model, 0)
     direct, e = Direct(), kept.embed(kept.source.ids(0, few)).detach()
     c = torch.randn(few, D)
+
+    @torch.no_grad()
+    def without_learning() -> None:
+        solver: Any = twice.solver
+        for _ in Chunk(twice, solver.state.open(), 1, 0, 1, solver._noise).terms():
+            pass
+
     found = best(
         {
             "matmul": matmul,
+            "no learning": lambda: timed(without_learning, tokens),
             "kept": lambda: timed(lambda: step(kept, 1), few),
             "two passes": lambda: timed(lambda: step(twice, 1), tokens),
             "direct": lambda: timed(lambda: direct.learn(c, e), few),
@@ -171,10 +182,19 @@ def rates(folder: Path, tokens: int, turns: int) -> None:
     )
     rate = found["matmul"]
     say(f"matmul {rate / 1e9:.0f} GFLOP/s, {compute_dtype()}, {torch.get_num_threads()} threads")
-    for name, flops in (("kept", LEARNING_FLOPS), ("two passes", TWO_PASS_FLOPS)):
-        share, times = found[name] * flops / rate, found[name] / found["direct"]
-        say(f"{name}: {found[name]:,.0f} tokens/s, {share:.2f} of the bound, {times:.2f} x direct")
+    shares = {}
+    for name, flops in FLOPS.items():
+        shares[name], times = found[name] * flops / rate, found[name] / found["direct"]
+        say(f"{name}: {found[name]:,.0f} tokens/s, {shares[name]:.2f} of the bound, "
+            f"{times:.2f} x direct")  # fmt: skip
     say(f"direct: {found['direct']:,.0f} tokens/s")
+    return shares
+
+
+def require_floor(shares: dict[str, float], floor: float) -> None:
+    """SystemExit, naming them, where rates lie below `floor` of the matmul bound."""
+    if low := [f"{name} {share:.2f}" for name, share in shares.items() if share < floor]:
+        raise SystemExit(f"below {floor} of the matmul bound: {', '.join(low)}")
 
 
 def start(folder: Path, tokens: int, turns: int) -> None:
@@ -291,6 +311,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--floor", type=float, default=0.0, help="share of the bound, of rates")
     parser.add_argument("--folder", type=Path, help="where the files go, default a new folder")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -299,7 +320,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place, wide:
         folder, turns = Path(place), arguments.turns
         if arguments.part in (None, "rates"):
-            rates(folder, arguments.tokens or 131_072, turns)
+            require_floor(rates(folder, arguments.tokens or 131_072, turns), arguments.floor)
         if arguments.part in (None, "start"):
             start(folder, arguments.tokens or 131_072, turns)
         if arguments.part in (None, "reading"):

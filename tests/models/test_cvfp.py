@@ -100,28 +100,35 @@ def gradients(model, step: int = 1) -> tuple[float, list[torch.Tensor]]:
     return total, found
 
 
+def one_chunk(folder, micro: int, kept: int, dtype, **more):
+    """The first sweep done, then loss and gradients of 1,000 tokens in micro-batches."""
+    model = make(
+        zipf(1000, 50, 8, dtype=dtype), folder, dtype=dtype, solver="jacobi", reset="never",
+        sweeps=2, depth=2, chunk_tokens=1000, micro_tokens=micro, store_dtype="float64", **more,
+    )  # fmt: skip
+    model.activation_bytes = kept
+    run_steps(model, range(1))
+    return gradients(model)
+
+
 @pytest.mark.parametrize("kind", ["mcdl", "logdet"])
 def test_two_passes_are_one_graph_whatever_the_micro_batch(kind, tmp_path, monkeypatch):
-    """Kept graphs and repeated ones, 64, 1,000 rows or all at once: noise, values, gradients."""
+    """1, 7, 64, 1,000 rows, graphs kept or made again: the same noise, values and gradients."""
     monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path))
-    wanted = None
-    for number, (micro, kept) in enumerate(((1000, 2**30), (64, 2**30), (64, 0))):
-        model = make(
-            zipf(1000, 50, 8), tmp_path / str(number), solver="jacobi", reset="never", sweeps=2,
-            depth=2, chunk_tokens=1000, micro_tokens=micro, kind=kind, store_dtype="float64",
-        )  # fmt: skip
-        model.activation_bytes = kept
-        model.attach(tmp_path / f"work{number}")
-        run_steps(model, range(1))
-        found = gradients(model)
-        wanted = wanted or found
-        assert found[0] == pytest.approx(wanted[0], abs=1e-12)
-        for one, other in zip(found[1], wanted[1], strict=True):
-            assert (one - other).abs().max() < 1e-12
-        if (micro, kept) == (64, 2**30):
-            exact = found
-        if (micro, kept) == (64, 0):
-            assert all(torch.equal(a, b) for a, b in zip(found[1], exact[1], strict=True))
+    value, wanted = one_chunk(tmp_path / "whole", 1000, 2**30, torch.float64, kind=kind)
+    for micro, kept in ((1, 0), (7, 0), (7, 2**30), (64, 0)):
+        found = one_chunk(tmp_path / f"{micro}_{kept}", micro, kept, torch.float64, kind=kind)
+        assert found[0] == pytest.approx(value, abs=1e-12)
+        for one, other in zip(found[1], wanted, strict=True):
+            assert (one - other).abs().max() < 1e-12, (micro, kept)
+
+
+@pytest.mark.parametrize("micro", [7, 64])
+def test_kept_graphs_and_two_passes_have_the_same_bits(micro, tmp_path, monkeypatch):
+    monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path))
+    runs = [one_chunk(tmp_path / str(k), micro, k, torch.float32) for k in (2**30, 0)]
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
 def test_rows_on_disk_and_a_table_give_the_same_losses(tmp_path, monkeypatch):

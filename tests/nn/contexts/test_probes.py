@@ -80,3 +80,13 @@ def test_a_shift_register_remembers_one_token_and_no_more():
 def test_sampled_rows_are_spread_evenly():
     rows = probes.sample_rows(torch.arange(100)[:, None], 4).flatten()
     assert rows.tolist() == [12, 37, 62, 87]
+
+
+def test_measures_that_are_asked_for_are_those_of_the_whole_look():
+    """A table of controls shows four; each lag of the others would be a regression of its own."""
+    draw = torch.Generator().manual_seed(1)
+    Z, e = (torch.randn(20, 30, 6, generator=draw) for _ in range(2))
+    keep = torch.ones(20, 30)
+    whole, asked = probes.look(Z, e, keep), ("er", "rho", "r2_4")
+    assert {"er", "er_seed", "pr", "mean_share", "rows", "r2_0", "r2_16"} < set(whole)
+    assert probes.look(Z, e, keep, asked) == {"er": whole["er"], "r2_4": whole["r2_4"]}
