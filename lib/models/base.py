@@ -334,8 +334,11 @@ class Family(nn.Module):
         """What final/stats.json holds of the run; empty: no such file."""
         return {}
 
-    def diagnostics(self, tokens: Tensor) -> dict[str, float]:
-        """Numbers about the model's inside on rows of training tokens (B, T), by name."""
+    def diagnostics(self, tokens: Tensor, only: Sequence[str] = ()) -> dict[str, float]:
+        """Numbers about the model's inside on rows of training tokens (B, T), by name.
+
+        only: names that are asked for, empty for all; what else costs nothing may come, too.
+        """
         return {}
 
     # ------------------------------------------------------------ state

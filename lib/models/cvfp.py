@@ -10,7 +10,7 @@ Letters: B rows, T time, V vocabulary, e token width, d context width, L depth, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -477,7 +477,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
     # ------------------------------------------------------------ what it tells
 
     @torch.no_grad()
-    def diagnostics(self, tokens: Tensor) -> dict[str, float]:
+    def diagnostics(self, tokens: Tensor, only: Sequence[str] = ()) -> dict[str, float]:
         """Ranks, contraction and memory of the vectors that the token block reads, rows (B, T)."""
         tokens = tokens.t()
         e, keep = self.contextual(tokens)[0], self.keep_of(tokens)
@@ -485,8 +485,8 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             return {}
         Z = self.given(e, keep, {})[0][-1]
         mask = torch.ones_like(e[..., 0]) if keep is None else keep
-        found = probes.look(Z, e, mask)
-        if self.config.given == "context":
+        found = probes.look(Z, e, mask, only)
+        if self.config.given == "context" and (not only or "rho" in only):
             rows = min(RHO_ROWS, tokens.shape[1])
             u = self.inputs_of(e[:, :rows], None if keep is None else keep[:, :rows])[0]
             weights = self.weights()

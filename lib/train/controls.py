@@ -8,6 +8,7 @@ State: `<work>/controls/<arm>_<seed>/`, each a run of its own that resumes; done
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from lib.train.trainer import train
 
 RESULT = "result.json"
 SAMPLE_ROWS = 512  # rows of training tokens for a model's diagnostics
+SHOWN = ("er", "rho", "r2_1", "r2_4")  # diagnostics that the table of controls has
 
 
 def train_controls(job: Job, module: ModuleType) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def _one(job: Job, module: ModuleType, arm: str, config: Any, number: int) -> di
         "bpb": best["bpb"] if best else None,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tokens": steps * batch,
-        **look_inside(own),
+        **look_inside(own, SHOWN),
     }
     files.write_note(folder / RESULT, result)
     model.finish()
@@ -79,12 +81,12 @@ def _one(job: Job, module: ModuleType, arm: str, config: Any, number: int) -> di
     return result
 
 
-def look_inside(job: Job) -> dict[str, float]:
-    """The family's diagnostics on the first training rows of the run."""
+def look_inside(job: Job, only: Sequence[str] = ()) -> dict[str, float]:
+    """The family's diagnostics on the first training rows of the run; `only`: of these names."""
     rows, T = job.diagnostic_rows(SAMPLE_ROWS), job.context
     ids = torch.from_numpy(rows[:, :T]).to(job.device)
     training = job.model.training
-    found = job.model.eval().diagnostics(ids)
+    found = job.model.eval().diagnostics(ids, only)
     job.model.train(training)
     return found
 
@@ -108,7 +110,7 @@ def _row(arm: str, results: list[dict[str, Any]], job: Job) -> dict[str, Any]:
         "trained": results[0]["trained"],
         "tokens": results[0]["tokens"],
         "seeds": len(results),
-        **{name: average(name) for name in ("er", "rho", "r2_1", "r2_4")},
+        **{name: average(name) for name in SHOWN},
     }
 
 
@@ -122,7 +124,7 @@ def _deviation(scores: list[float]) -> float | None:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as lines of a log."""
-    names = ("arm", "bpb", "nats_per_token", "trained", "tokens", "er", "rho", "r2_1", "r2_4")
+    names = ("arm", "bpb", "nats_per_token", "trained", "tokens", *SHOWN)
     lines = [" ".join(f"{n:>18}" for n in names)]
     for row in rows:
         cells = ("-" if row[n] is None else row[n] for n in names)

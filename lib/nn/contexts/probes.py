@@ -7,6 +7,7 @@ parallel.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -155,14 +156,19 @@ def recall(c: Tensor, e: Tensor, keep: Tensor, lags: tuple[int, ...] = LAGS) -> 
     return found
 
 
-def look(Z: Tensor, e: Tensor, keep: Tensor) -> dict[str, float]:
-    """Ranks, shape and memory of vectors Z (T, B, d) over token vectors e (T, B, w), by name."""
+def look(Z: Tensor, e: Tensor, keep: Tensor, only: Sequence[str] = ()) -> dict[str, float]:
+    """Ranks, shape and memory of vectors Z (T, B, d) over token vectors e (T, B, w), by name.
+
+    only: names to compute, empty for all. Each lag of `recall` is a regression of its own.
+    """
     c = sample_rows(Z.flatten(0, 1), ROWS)
-    found = {
-        "er_seed": effective_rank(sample_rows(c, SEED_ROWS)),
-        "er": effective_rank(c, centred=True),
-        "pr": participation(c),
-        "mean_share": mean_share(c),
-        "rows": float(len(c)),
+    measures: dict[str, Callable[[], float]] = {
+        "er_seed": lambda: effective_rank(sample_rows(c, SEED_ROWS)),
+        "er": lambda: effective_rank(c, centred=True),
+        "pr": lambda: participation(c),
+        "mean_share": lambda: mean_share(c),
+        "rows": lambda: float(len(c)),
     }
-    return found | {f"r2_{k}": x for k, x in recall(Z, e, keep).items()}
+    found = {name: measure() for name, measure in measures.items() if not only or name in only}
+    lags = tuple(k for k in LAGS if not only or f"r2_{k}" in only)
+    return found | {f"r2_{k}": x for k, x in recall(Z, e, keep, lags).items()}
