@@ -46,6 +46,7 @@ def body(run: Run) -> None:
         tokenizer=opened.tokenizer,
         tokenizer_folder=folder,
         boundary=opened.boundary,
+        framed=opened.framed,
         facts={"run": run.name} | {k: str(provenance[k]) for k in hf.FACTS if k in provenance},
     )
     with files.atomic_folder(run.result) as part:

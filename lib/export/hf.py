@@ -45,6 +45,7 @@ class Exportable:
     tokenizer: Any  # lib.data.tokenizer.Tokenizer
     tokenizer_folder: Path  # its files
     boundary: str | None  # what stood between documents in training; None: not recorded
+    framed: bool  # turns of conversations stood between their ids in training
     facts: Mapping[str, str]  # lines of the model card, name -> text
 
 
@@ -227,9 +228,9 @@ def _write_tokenizer(what: Exportable, folder: Path) -> None:
         "model_max_length": what.model.max_context,
         **{name: text for name, text in special.items() if text is not None},
     }
-    if (source / chat.CARD).is_file():  # the rows were framed: both kinds of readers frame theirs
+    if what.framed:  # then both kinds of readers, transformers and we, frame theirs
         config["chat_template"] = chat.JINJA
-        files.write_bytes(folder / chat.CARD, (source / chat.CARD).read_bytes())
+        files.write_json(folder / chat.CARD, chat.card())
     _write_json(folder / "tokenizer_config.json", config)
 
 

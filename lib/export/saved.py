@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.errors import InputError, KumikiError, UserError, relative
+from lib.data import chat
 
 RUNS = "checkpoints"
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
@@ -32,6 +33,7 @@ class Opened:
     model: Any  # lib.models.base.Family, in evaluation mode
     tokenizer: Any  # lib.data.tokenizer.Tokenizer
     boundary: str | None  # what stood between documents in training; None: not recorded
+    framed: bool  # turns of conversations stood between their ids in training
     weights: str  # which of them: final, export, step 400, ...
 
     @property
@@ -142,6 +144,7 @@ def _open_final(folder: Path, device: Any, streamer: Streamer | None, weights: W
         model=final.model(device, streamer=streamer),
         tokenizer=tokenizer,
         boundary=final.provenance.get("boundary"),
+        framed=(folder / chat.CARD).is_file(),
         weights="final",
     )
 
@@ -179,6 +182,7 @@ def _open_checkpoint(
         model=model.eval(),
         tokenizer=tokenizer,
         boundary=encoding.boundary,
+        framed=encoding.template == chat.JOIN,
         weights=f"step {found.step}, {'averaged' if averaged else 'raw'}",
     )
 
@@ -227,6 +231,7 @@ def _open_export(folder: Path, device: Any, streamer: Streamer | None) -> Opened
         model=model.eval(),
         tokenizer=tokenizer,
         boundary=note["boundary"],
+        framed=(folder / chat.CARD).is_file(),
         weights="export",
     )
 

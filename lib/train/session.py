@@ -169,7 +169,8 @@ def exportable(
     config, model = model.exported(config)
     return hf.Exportable(
         family=family, config=config, model=model, tokenizer=data.tokenizer,
-        tokenizer_folder=tokenizer, boundary=data.store.boundary, facts={},
+        tokenizer_folder=tokenizer, boundary=data.store.boundary,
+        framed=data.store.template == chat.JOIN, facts={},
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.core import files
 from lib.core.data_settings import BpeTokenizer
 from lib.core.errors import InputError, UserError
 from lib.data import chat
@@ -55,6 +53,7 @@ def exportable(tokenizer_folder: Path, **switches) -> hf.Exportable:
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         boundary="bos",
+        framed=False,
         facts={"run": "toy"},
     )
 
@@ -209,10 +208,7 @@ def test_a_template_is_written_where_rows_were_framed_and_gives_their_ids(
     what = exportable(tokenizer_folder)
     hf.export(what, tmp_path / "plain")
     assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template is None
-    source = tmp_path / "final"
-    shutil.copytree(tokenizer_folder, source)
-    files.write_json(source / chat.CARD, chat.card())
-    hf.export(replace(what, tokenizer_folder=source), tmp_path / "framed")
+    hf.export(replace(what, framed=True), tmp_path / "framed")
     talk = [("user", "the list"), ("assistant", "of values")]
     (ids,), _ = chat.encode([chat.frame(talk)], what.tokenizer, 1)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "framed").apply_chat_template(

@@ -40,7 +40,7 @@ def test_a_strangers_folder_gives_the_same_logits(name, tokenizer_folder, tmp_pa
     config, model = trained.exported(config)
     what = hf.Exportable(
         family=name, config=config, model=model, tokenizer=tokenizer,
-        tokenizer_folder=tokenizer_folder, boundary="bos", facts={},
+        tokenizer_folder=tokenizer_folder, boundary="bos", framed=False, facts={},
     )  # fmt: skip
     assert hf.export(what, tmp_path).startswith("auto_map")
     if name == "phase7":

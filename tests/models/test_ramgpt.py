@@ -77,7 +77,7 @@ def test_export_has_our_logits_in_transformers(tokenizer_folder, tmp_path, tie):
     model = stirred(config, tokenizer.vocab_size)
     what = hf.Exportable(
         family="ramgpt", config=config, model=model, tokenizer=tokenizer,
-        tokenizer_folder=tokenizer_folder, boundary="eos", facts={"run": "toy"},
+        tokenizer_folder=tokenizer_folder, boundary="eos", framed=False, facts={"run": "toy"},
     )  # fmt: skip
     assert hf.export(what, tmp_path) == "native, GPT2LMHeadModel"
     theirs = opened(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.data_settings import BpeTokenizer
+from lib.data import chat
 from lib.data import tokenizer as tokenizers
 from lib.data.encode import encode, plan_encoding
 from tests.conftest import ROOT
@@ -45,9 +46,33 @@ profiles:
 """
 
 
-def make_project(folder: Path, seed: int = 1) -> Path:
-    """Tokenizer, token files in scratch, params.yaml; `seed` decides the texts."""
+# What a checkpoint of a run is opened with, where the rows are those of conversations.
+FRAMED = (
+    PARAMS.replace("  gpt:\n    steps", "  gpt:\n    tokens: bpe\n    steps")
+    + """
+download_shards:
+  sources:
+    talks: {kind: hf_dataset, repo: a/b, messages_field: messages, join: chat,
+            max_train_samples: 70, max_eval_samples: 10}
+extract_texts:
+  recipes:
+    en: {sources: {talks: 1.0}}
+train_tokenizer:
+  bpe: {kind: bpe, documents: en, vocab_size: 300}
+encode_tokens:
+  bpe: {documents: en, tokenizer: bpe, template: chat, context: 32}
+"""
+)
+
+
+def make_project(folder: Path, seed: int = 1, framed: bool = False) -> Path:
+    """Tokenizer, token files in scratch, params.yaml; `seed` decides the texts.
+
+    framed: each is a conversation, its turns between their ids.
+    """
     texts = english(80, seed)
+    template = "chat" if framed else "none"
+    texts = [chat.frame([("user", x), ("assistant", x)]) for x in texts] if framed else texts
     documents = double.write_documents(
         folder / "documents", {"train_en_00000": texts[:70], "val_en_00000": texts[70:]}
     )
@@ -58,14 +83,15 @@ def make_project(folder: Path, seed: int = 1) -> Path:
     found = Manifest(kind="tokenizer", recipe=recipe, files=artifact.describe(place))
     found.write(place / files.MANIFEST)
     plan = plan_encoding(
-        double.settings(tokenizer="bpe"), documents, place, folder / "scratch",
+        double.settings(tokenizer="bpe", template=template), documents, place, folder / "scratch",
         open_tokenizer=tokenizers.load_tokenizer,
     )  # fmt: skip
     manifest = encode(plan, map, lambda line: None)
     assert manifest is not None
     manifest.write(folder / "data/tokens/bpe.manifest.json")
     shutil.rmtree(documents)
-    (folder / "params.yaml").write_text(PARAMS)
+    (folder / "params.yaml").write_text(FRAMED if framed else PARAMS)
+    (folder / "dvc.yaml").write_text("stages: {}\n")
     return folder
 
 

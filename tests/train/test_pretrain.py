@@ -345,6 +345,25 @@ def test_what_the_hub_gets_is_the_exported_checkpoint(project, tmp_path):
     assert "| steps | 6 |" in (pushed / "README.md").read_text()
 
 
+def test_conversations_are_framed_whatever_holds_the_model(tmp_path):
+    """A step of the run, the finished model and what a hub gets: chat asks all in one way."""
+    from lib.export.saved import open_folder
+
+    project, modules = make_project(tmp_path / "p", framed=True), tmp_path / "modules"
+    modules.mkdir()
+    (modules / "huggingface_hub.py").write_text(FAKE_HUB)
+    (modules / "wandb.py").write_text(BROKEN_WANDB)
+    code, _, err = with_sinks(project, modules)
+    assert code == 0, err
+    work = project / "checkpoints/gpt/work"
+    for place in (*work.rglob("step_6"), project / "checkpoints/gpt/final", *work.rglob("push")):
+        assert open_folder(place).framed, place.name
+    assert "nothing is pushed" not in err, err
+    (pushed,) = work.rglob("push")
+    told = json.loads((pushed / "tokenizer_config.json").read_text())
+    assert "assistant" in told["chat_template"]
+
+
 def test_a_tau_of_auto_is_a_number_in_the_finished_model(project):
     """Found on the averaged weights, after the last step; whoever opens the model halts by it."""
     (project / "params.yaml").write_text(PARAMS.replace("gpt:", "trm:"))

@@ -18,7 +18,7 @@ from lib.cli.console import note, write
 from lib.cli.conversation import Conversation
 from lib.core import files
 from lib.core.errors import Interrupted, UserError, relative
-from lib.data.chat import CARD, IDS
+from lib.data.chat import IDS
 from lib.export import saved
 from lib.export.generate import Sampling
 from lib.export.saved import Opened
@@ -66,8 +66,7 @@ def has_template(opened: Opened, wanted: str) -> bool:
         raise UserError(
             "tokenizer has no chat ids", file=opened.folder, remedy="use --template plain"
         )
-    card = opened.folder / CARD
-    return wanted == "chat" or (wanted == "auto" and able and card.is_file())
+    return wanted == "chat" or (wanted == "auto" and able and opened.framed)
 
 
 def message_of(line: str) -> str:
