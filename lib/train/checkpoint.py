@@ -24,8 +24,9 @@ from lib.core.errors import InputError, KumikiError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-KIND, VERSION = "checkpoint", 1
+KIND, VERSION = "checkpoint", 2  # of state.json
 STATE, SUFFIX, KEY = "state.json", ".safetensors", "kumiki"
+TENSORS_VERSION = 1
 
 Tensors = Mapping[str, "Tensor"]
 
@@ -50,7 +51,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         # A view would be refused or drag its whole storage along: take the values alone.
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
         kept[name] = tensor.cpu() if whole else tensor.cpu().contiguous().clone()
-    note = {"format": "kumiki/tensors", "version": VERSION, "aliases": aliases}
+    note = {"format": "kumiki/tensors", "version": TENSORS_VERSION, "aliases": aliases}
     metadata = {KEY: files.canonical_json(note).decode().strip()}
     with files.library_file(path, sum(t.nbytes for t in kept.values())) as temp:
         save_file(kept, temp, metadata)

@@ -3,32 +3,33 @@
 In:    numbers of each step, validations, samples. Out: `training_log.jsonl` (every log step and
        every validation), `curve.csv` and `loss.csv` at the end, lines on stdout, trackers
        (sinks.py).
-Rule:  logs are cut to the position that a checkpoint remembers (lines, not bytes: times vary), so
-       no step is missing or doubled after a kill. Curves come from points that do not follow
-       `runtime.log_every`, hence are equal for equal parameters.
+Rule:  the log is cut to the position that a checkpoint remembers (lines, not bytes: times vary), so
+       no step is missing or doubled after a kill. Curves are published: their rows stand in the
+       checkpoint itself, whose hash covers them. They do not follow `runtime.log_every`, hence are
+       equal for equal parameters.
 Note:  only rank 0 speaks and writes; the observers of the others are `quiet`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lib import kernels
 from lib.core import files, growing, progress
-from lib.core.errors import InputError, redact
+from lib.core.errors import redact
 from lib.core.run_settings import Runtime
 from lib.train.sinks import Trackers
 
-LOG, POINTS = "training_log.jsonl", "points.jsonl"
-CURVE_COLUMNS = ("step", "tokens", "bytes", "flops", "bpb")
-LOSS_COLUMNS = ("step", "tokens", "flops", "loss", "lr", "grad")
+LOG = "training_log.jsonl"
+CURVES = {
+    "curve": ("step", "tokens", "bytes", "flops", "bpb"),
+    "loss": ("step", "tokens", "flops", "loss", "lr", "grad"),
+}
 MAX_LOSS_ROWS = 2000
 WARM_STEPS = 10  # left out of rates: first compilation, caches, allocators
 
@@ -87,36 +88,36 @@ class Observer:
         self.warn, self.quiet = warn, quiet
         self._stride = -(-steps // MAX_LOSS_ROWS)
         self._since, self._steps_since, self._taken = time.monotonic(), 0, 0
+        self._rows: dict[str, list[Sequence[float]]] = {name: [] for name in CURVES}
         self._bar: Any = None
         self._trackers = Trackers(() if quiet else runtime.trackers, warn)
         if quiet:
             return
-        self._log, self._points = (
-            growing.AppendLog(folder / LOG),
-            growing.AppendLog(folder / POINTS),
-        )
+        self._log = growing.AppendLog(folder / LOG)
         self._trackers.open(folder, run, runtime.wandb, config or {})
 
     # ------------------------------------------------------------ positions
 
-    def cut(self, position: Mapping[str, int] | None) -> None:
-        """Forget what came after the checkpoint at `position`; everything, when there is none."""
+    def cut(self, position: Mapping[str, Any] | None) -> None:
+        """Go on from the checkpoint at `position`, forget what came after; all, if there is none.
+
+        Lines that the log has lost are a warning: nothing is made from them.
+        """
         if self.quiet:
             return
-        for name, log in (("log", self._log), ("points", self._points)):
-            wanted = position[name] if position else 0
-            if log.position < wanted:
-                self.warn(f"{log.path.name} has {log.position} lines, the checkpoint saw {wanted}")
-            lines = log.path.read_bytes().splitlines(keepends=True)
-            log.truncate(sum(len(line) for line in lines[:wanted]))
+        wanted = position["log"] if position else 0
+        if self._log.position < wanted:
+            self.warn(f"{LOG} has {self._log.position} lines, the checkpoint saw {wanted}")
+        lines = self._log.path.read_bytes().splitlines(keepends=True)
+        self._log.truncate(sum(len(line) for line in lines[:wanted]))
+        self._rows = {name: list(position["curves"][name]) if position else [] for name in CURVES}
 
-    def position(self) -> dict[str, int]:
-        """Lines written so far, made durable: a checkpoint remembers them."""
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps: lines of the log, made durable, and the rows of the curves."""
         if self.quiet:
             return {}
         self._log.sync()
-        self._points.sync()
-        return {"log": self._log.position, "points": self._points.position}
+        return {"log": self._log.position, "curves": self._rows}
 
     # ------------------------------------------------------------ events
 
@@ -151,7 +152,7 @@ class Observer:
         tokens = self.tokens(step)
         if learned and (step % self._stride == 0 or step == self.steps):
             row = (step, tokens, tokens * self.flops_per_token, loss, lr, grad)
-            self._points.append(_sealed(dict(zip(LOSS_COLUMNS, row, strict=True))))
+            self._rows["loss"].append(row)
         if self._bar is not None:
             self._bar.update(1)
         if step % self.runtime.log_every and step != self.steps:
@@ -184,8 +185,7 @@ class Observer:
             self.say(decided)
         tokens = self.tokens(step)
         read = round(tokens * self.bytes_per_token)
-        row = (step, tokens, read, tokens * self.flops_per_token, bpb)
-        self._points.append(_sealed(dict(zip(CURVE_COLUMNS, row, strict=True))))
+        self._rows["curve"].append((step, tokens, read, tokens * self.flops_per_token, bpb))
         self._log.append({"step": step, "tokens": tokens, "bpb": bpb})
         self.say(f"Step {step:6d} | BPB: {bpb:.4f}")
         self._trackers.log({"bpb": bpb}, step)
@@ -212,38 +212,15 @@ class Observer:
             self._bar.close()
         self._trackers.close()
         self._log.close()
-        self._points.close()
 
     # ------------------------------------------------------------ curves
 
     def write_curves(self, folder: Path) -> None:
         """`curve.csv` (validations) and `loss.csv` (at most 2,000 rows) of the whole run."""
-        path = self.folder / POINTS
-        points = [_opened(line, path) for line in path.read_bytes().splitlines()]
-        for name, columns, mark in (
-            ("curve", CURVE_COLUMNS, "bpb"),
-            ("loss", LOSS_COLUMNS, "loss"),
-        ):
-            rows = [[p[c] for c in columns] for p in points if mark in p]
-            text = "\n".join([",".join(columns), *(",".join(map(_number, row)) for row in rows)])
+        for name, columns in CURVES.items():
+            rows = (map(_number, row) for row in self._rows[name])
+            text = "\n".join(map(",".join, [columns, *rows]))
             files.write_bytes(folder / f"{name}.csv", (text + "\n").encode())
-
-
-def _sealed(point: dict[str, Any]) -> dict[str, Any]:
-    """A point with a checksum: the curves are made from these lines, perhaps days later."""
-    return {**point, "crc": zlib.crc32(json.dumps(point).encode())}
-
-
-def _opened(line: bytes, path: Path) -> dict[str, Any]:
-    """The point of one line; InputError when a byte of it has changed."""
-    try:
-        point = json.loads(line)
-        if point.pop("crc") == zlib.crc32(json.dumps(point).encode()):
-            return point
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    remedy = "remove it and run the same command; the curves then lack what it held"
-    raise InputError("damaged line", file=path, value=line[:40].decode("latin-1"), remedy=remedy)
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,8 @@
 """Everything of a run that changes, and its way into a checkpoint and back.
 
 Held:  weights and buffers, optimizer, average, loss scale, random states of every rank, position,
-       log positions, what a family keeps on disk. Schedule and data need no more than the step.
+       position of the log, curves, what a family keeps on disk. Schedule and data need no more than
+       the step.
 Law:   resuming from the checkpoint after step n gives the bits that an undisturbed run has after
        step n.
 Note:  tensors cut over ranks are put together before they are written, so a checkpoint fits any
@@ -132,7 +133,7 @@ class RunState:
             note = {
                 **asdict(self.position),
                 "scaler": self.scaler.state(),
-                "logs": observer.position(),
+                "told": observer.position(),
                 "stack": dict(self.stack),
                 "kernels": kernels.summary(),
                 "attached": self.model.describe(),
@@ -143,8 +144,8 @@ class RunState:
             self.checkpoints.set_best(int(best["step"]) if best else None)
         parallel.barrier()
 
-    def resume(self, seed: int, log: Callable[[str], None]) -> dict[str, int] | None:
-        """Take up the newest good checkpoint; returns its log positions, None at a beginning."""
+    def resume(self, seed: int, log: Callable[[str], None]) -> dict[str, Any] | None:
+        """Take up the newest good checkpoint; returns what it told, None at a beginning."""
         found = self._find()
         if found is None:
             seed_global(seed, "train", ranks.rank())
@@ -176,7 +177,7 @@ class RunState:
         if ranks.rank() == 0:  # a best/ of steps that will be made again goes until they are
             best = self.position.best
             self.checkpoints.set_best(int(best["step"]) if best else None)
-        return note["logs"]
+        return note["told"]
 
     def keep_micro_rows(self, wanted: int, log: Callable[[str], None]) -> int:
         """Rows of a micro-batch: `wanted`, or what a resumed run had where masks follow them."""

@@ -15,11 +15,11 @@ import torch
 from lib.core import files
 from lib.core.artifact import Manifest, describe
 from lib.core.errors import InputError, UserError
-from lib.train.checkpoint import Checkpoints, read_tensors, verify, write_tensors
+from lib.train.checkpoint import VERSION, Checkpoints, read_tensors, verify, write_tensors
 from tests.conftest import ROOT
 
 IDENTITY = {"fingerprint": "a" * 16, "vocab_size": 11, "tokenizer": "7c1e90aa" + "0" * 56}
-STATE = {"scaler": {}, "logs": {}}
+STATE = {"scaler": {}, "told": {}}
 
 
 def groups(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -142,7 +142,7 @@ def test_e04_another_tokenizer_vocabulary_or_family_is_refused_with_both_values(
         assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
 def test_e05_another_format_version_is_refused_by_number(kept, version):
     for step in (3, 6):
         folder = kept[0].path(step)
@@ -152,7 +152,7 @@ def test_e05_another_format_version_is_refused_by_number(kept, version):
         Manifest(kind=old.kind, recipe=old.recipe, files=describe(folder)).write(
             folder / "manifest.json"
         )
-    with pytest.raises(UserError, match=f"format version in .*: {version}, this is 1"):
+    with pytest.raises(UserError, match=f"format version in .*: {version}, this is {VERSION}"):
         again(kept)[0].newest_good()
 
 
