@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+HANG_S = 600  # a process that takes longer hangs: a bound for slow machines, not a speed
 SHARED = Path(os.environ.get("KUMIKI_SHARED") or ROOT.parent / "shared")
+
+
+def cpu_seconds(code: str) -> float:
+    """What `python -c code` costs, user and system; for bounds as ratios to a peer's."""
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, code
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.fixture(scope="session")

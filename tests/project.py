@@ -21,7 +21,7 @@ from lib.data.encode import encode, plan_encoding
 from lib.models import gpt
 from lib.models.base import build
 from lib.train.final import write_final
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.data import encoding_double as double
 from tests.data.texts import english
 
@@ -115,6 +115,6 @@ def run_module(project: Path, *words: str, **options) -> subprocess.CompletedPro
         cwd=project,
         env={**os.environ, **own},
         capture_output=True,
-        timeout=120,
+        timeout=HANG_S,
         **options,
     )

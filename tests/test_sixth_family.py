@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.train.project import command, make_project
 
 BIGRAM = '''"""Bigram: the next id from this id alone."""
@@ -50,7 +50,7 @@ def test_a_sixth_family_trains_with_one_file_one_section_and_one_line(tmp_path):
     line = "  bigram: {family: bigram, steps: 30, batch_tokens: 256, lr: 0.05, sample_every: 30}\n"
     (project / "params.yaml").write_text(text + "runs:\n" + line)
     process = command(project, "--run", "bigram", PYTHONPATH=str(project))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, err
     assert {p for p in project.rglob("*.py")} - before == {project / "lib/models/bigram.py"}
     bpb = (project / "metrics/bigram/curve.csv").read_text().splitlines()

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from lib.export import saved
 from lib.export.generate import Sampling, generate
 from lib.export.hf import stop_ids
 from lib.models import ramgpt
-from tests.conftest import ROOT
+from tests.conftest import ROOT, cpu_seconds
 from tests.project import add_model, make_project, run_module
 
 COMMAND = (sys.executable, "-m", "lib.cli.main")
@@ -72,7 +71,7 @@ def expected(project: Path, prompt: str, new: int, sampling: Sampling) -> str:
 )
 def test_help_and_parse_errors_need_no_torch(words, code, tmp_path):
     script = (
-        "import sys, time\n"
+        "import sys\n"
         "from lib.cli.main import main\n"
         "try:\n"
         f"    code = main({words!r})\n"
@@ -83,15 +82,19 @@ def test_help_and_parse_errors_need_no_torch(words, code, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = [sys.executable, "-c", script]
-    start = time.process_time(), os.times().children_user
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert os.times().children_user - start[1] < 0.3, "CPU seconds"
     if code:
         assert done.stdout == ""
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     else:
         assert done.stdout
+
+
+def test_help_costs_little_more_than_a_parser():
+    """Seen 1.1 times an interpreter that imports as much of the standard library."""
+    ours = "from lib.cli.main import main; main(['generate', '--help'])"
+    assert cpu_seconds(ours) < 4 * cpu_seconds("import argparse, dataclasses, json, pathlib")
 
 
 def test_every_command_of_the_help_has_its_module(capsys):

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.project import run_module
 
 # Each stage says where it ran and refuses, or waits, as files beside the project tell it.
 SCRIPT = """
 import pathlib, sys, time
 name, marks = sys.argv[1], pathlib.Path(sys.argv[2])
-with (marks / "ran").open("a") as log:
-    log.write(name + "\\n")
-if (marks / f"refuse_{name}").exists():
-    sys.exit(4)
 try:
+    with (marks / "ran").open("a") as log:
+        log.write(name + "\\n")
+    if (marks / f"refuse_{name}").exists():
+        sys.exit(4)
     while (marks / f"wait_{name}").exists():
         time.sleep(0.05)
 except KeyboardInterrupt:
@@ -96,14 +96,13 @@ def test_ctrl_c_reaches_the_stages_which_commit(project):
         [sys.executable, "-m", "lib.cli.main", "parallel", "a"], cwd=project,
         env={**os.environ, **WHO, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     log = project.parent / "marks/ran"
     while "a" not in (log.read_text().split() if log.exists() else []):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 75, err.decode()
     assert (project.parent / "marks/committed").exists()
     assert err.decode().splitlines()[-1].endswith("run the same command to continue")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,10 +184,13 @@ def test_files_are_served_like_a_hub(bench):
 def test_max_rate_is_shared_and_is_no_stall(bench):
     """307,200 bytes at 50,000 a second are 6 s, whatever the number of files."""
     bench.policy = policy_for(max_rate=50_000)
+    clock = bench.policy.clock
+    began = clock.now()
     bench.fetch(serve(DATA))
     bench.server.routes["/b"] = serve(DATA)
     fetch(bench.server.url("/b"), bench.folder / "b", bench.policy, log=bench.log)
-    assert 2 * 6.0 < bench.policy.clock.now() - time.monotonic() < 2 * 6.5
+    # Real time counts towards the rate as well, so a slow machine waits less, never longer.
+    assert clock.now() - began > 2 * 6.0 and sum(clock.waits) < 2 * 6.5
 
 
 # ---------------------------------------------------------------- C1 to C3: answers that fail
@@ -698,7 +702,7 @@ def test_c07_the_deadline_ends_even_a_fast_transfer(bench):
 
 
 def test_c07_what_came_before_a_stall_is_kept(bench):
-    bench.policy = policy_for(patience=BRIEF)
+    bench.policy = policy_for(patience=replace(BRIEF, attempts=5))  # others may hold the machine
     bench.fetch(in_turn(then_wait(DATA[:HALF], len(DATA)), serve(DATA)))
     bench.whole()
     assert bench.server.sent["/shard.bin"] == len(DATA)

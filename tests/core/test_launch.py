@@ -14,7 +14,7 @@ import pytest
 
 from lib.core.errors import UserError
 from lib.core.launch import sbatch_command, torchrun_command
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 
 MODULE = """
 import os, signal, sys, time
@@ -57,12 +57,12 @@ def launch(project: Path, *words: str, **environment: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=HANG_S)
     return process.returncode, err
 
 
 def wait_for(path: Path) -> None:
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + HANG_S
     while not path.exists():
         assert time.monotonic() < limit, f"{path.name} never appeared"
         time.sleep(0.01)
@@ -106,7 +106,7 @@ def test_a11_workers_die_with_a_killed_launcher(project):
     pid = int((project / "seen_0").read_text().split()[1])
     process.kill()
     process.communicate()
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + HANG_S
     while Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
         assert time.monotonic() < limit, "the worker lives on"
         time.sleep(0.05)
@@ -237,7 +237,7 @@ def on_two_ranks(project: Path) -> list[tuple[int, str]]:
         )
         for rank in (0, 1)
     ]
-    texts = [process.communicate(timeout=90)[1] for process in processes]
+    texts = [process.communicate(timeout=HANG_S)[1] for process in processes]
     return [(p.returncode, text) for p, text in zip(processes, texts, strict=True)]
 
 

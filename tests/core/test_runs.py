@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from lib.core.errors import KumikiError
 from lib.core.params import load, typed
 from lib.core.refusal import Refused
 from lib.core.run_settings import Hub, Train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, cpu_seconds
 
 PARAMS = """
 profile: small
@@ -143,15 +142,17 @@ def test_e06_a_mistake_in_the_defaults_is_told_once_not_for_every_run(root):
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_e06_all_profiles_and_families_are_read_in_a_second_without_torch(root):
-    """The head of a family file needs the standard library and lib.core only."""
-    script = (
+def test_e06_all_profiles_and_families_cost_little_more_than_parsing_and_no_torch():
+    """The head of a family file needs the standard library and lib.core only; seen 2.5 times."""
+    ours = (
         "import sys; from pathlib import Path; from lib.core.params import load;"
-        f"load(Path({str(root)!r})); assert not {{'torch', 'numpy'}} & set(sys.modules)"
+        "load(Path()); assert not {'torch', 'numpy'} & set(sys.modules)"
     )
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-    assert time.monotonic() - started < 1
+    peer = (
+        "from pathlib import Path; from ruamel.yaml import YAML;"
+        "YAML(typ='safe', pure=True).load(Path('params.yaml').read_text())"
+    )
+    assert cpu_seconds(ours) < 6 * cpu_seconds(peer)
 
 
 @pytest.mark.parametrize("family", heads.family_names())

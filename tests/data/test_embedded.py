@@ -13,7 +13,7 @@ from lib.core.data_settings import EmbeddedSource
 from lib.core.errors import EnvError
 from lib.core.process import worker_pool
 from lib.data import embedded
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 
 LONG = "This sentence stands here so that the docstring is long enough to be taken. " * 2
 
@@ -161,7 +161,7 @@ def test_a_standard_package_is_read_without_importing_it():
         "print(len(corpus.train), len(corpus.val), about['datasets']['version'])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     train, val, version = done.stdout.split()

@@ -18,7 +18,7 @@ from lib.core.process import worker_pool
 from lib.core.run_settings import Runtime
 from lib.data import chat, hub, sources
 from lib.data.shards import ShardFolder
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 
 RUNTIME = Runtime(workers=1)
 
@@ -256,7 +256,7 @@ def test_a_host_out_of_reach_is_exit_4_and_torch_stays_out(tmp_path):
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     assert "host unreachable in nobody/nothing" in done.stdout

@@ -31,7 +31,7 @@ from lib.core.process import worker_pool
 from lib.core.run_settings import Runtime
 from lib.data import embedded, remote, sources
 from lib.data.shards import ShardFolder, check_parquet, write_parquet
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.core.hostile import HostileServer
 
 RUNTIME = Runtime(allow_private_hosts=("127.0.0.1",), workers=1, download_workers=2)
@@ -640,7 +640,7 @@ def run_stage(project: Path, *arguments: str) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
 
 

@@ -20,10 +20,9 @@ from lib.core.errors import InputError, UserError
 from lib.data import spm
 from lib.data.spm_file import read_spec, without_circumstances
 from lib.data.tokenizer import Tokenizer, build, load_tokenizer, measure
+from tests.conftest import HANG_S, ROOT
 
 from .texts import HOSTILE, english, japanese, unicode_texts
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def section(**changes) -> SentencePieceTokenizer:
@@ -146,7 +145,7 @@ spm.train_sentencepiece(texts, section(character_coverage=0.98))
 def test_the_trainer_skips_no_line():
     """Its own log says so: every line that is fed is loaded, whatever characters the text holds."""
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _CHILD], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"Loaded all {done.stdout.strip()} sentences" in done.stderr
@@ -224,7 +223,7 @@ def test_texts_of_real_japanese_come_back_and_a_second_run_gives_the_same_bytes(
     assert report["unknown_rate"] == 0
     assert report["hf_equal"] == report["hf_documents"] == len(real_val)
     child = [sys.executable, "-c", _REAL, str(shared)]
-    done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == hashlib.sha256(tokenizer.model.proto).hexdigest()
 

@@ -21,6 +21,7 @@ from lib.export import hf
 from lib.export.generate import Sampling, generate
 from lib.models import gpt, trm
 from lib.models.base import build
+from tests.conftest import HANG_S
 
 pytest.importorskip("transformers", reason="exports are opened with transformers")
 
@@ -150,7 +151,7 @@ def test_a_strange_process_opens_it_without_this_project(tokenizer_folder, tmp_p
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     ids, logits = json.loads(run.stdout.splitlines()[-1])

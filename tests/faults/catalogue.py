@@ -42,25 +42,24 @@ class Row:
     gap: str = ""
 
 
-AGAIN = f"{STAGES}::test_a01_to_a08_killed_again_in_the_recovery_it_ends_with_the_same_bytes"
-KILL = f"{STAGES}::test_a01_to_a08_kill_anywhere_then_the_same_command_gives_the_same_bytes"
+STRUCK = f"{STAGES}::test_a01_to_b03_struck_anywhere_the_same_command_ends_with_the_same_bytes"
 ROWS: dict[str, Row] = {
     "A1": Row("SIGKILL anywhere in download", "equal bytes after the same command", (
-        KILL, f"{F}test_download.py::test_a01_kill_anywhere_in_a_download_of_three_shards",
+        STRUCK, f"{F}test_download.py::test_a01_kill_anywhere_in_a_download_of_three_shards",
         f"{FETCH}::test_a_kill_at_every_write_ends_in_the_same_tree")),
-    "A2": Row("SIGKILL anywhere in extract", "as A1", (KILL,)),
-    "A3": Row("SIGKILL anywhere in tokenizer training", "as A1", (KILL,)),
+    "A2": Row("SIGKILL anywhere in extract", "as A1", (STRUCK,)),
+    "A3": Row("SIGKILL anywhere in tokenizer training", "as A1", (STRUCK,)),
     "A4": Row("SIGKILL anywhere in encode", "as A1", (
-        KILL, f"{ENCODE}::test_a_killed_encoding_goes_on_after_finished_parts")),
+        STRUCK, f"{ENCODE}::test_a_killed_encoding_goes_on_after_finished_parts")),
     "A5": Row("SIGKILL anywhere in embeddings, contexts", "as A1", (
-        KILL, f"{F}test_cvfp.py::"
+        STRUCK, f"{F}test_cvfp.py::"
         "test_a09_sweeps_killed_at_any_file_operation_end_with_the_same_bytes")),
     "A6": Row("SIGKILL anywhere in evaluate", "as A1", (
-        KILL, f"{BPB}::test_kill_at_any_block_continues_to_the_same_number")),
-    "A7": Row("SIGKILL anywhere in export", "as A1", (KILL,)),
+        STRUCK, f"{BPB}::test_kill_at_any_block_continues_to_the_same_number")),
+    "A7": Row("SIGKILL anywhere in export", "as A1", (STRUCK,)),
     "A8": Row("SIGKILL anywhere in training, every family", "weights, state, log, curves equal", (
-        KILL, f"{CRASH}::test_a08_training_killed_at_any_file_operation_ends_with_the_same_bytes",
-        f"{CRASH}::test_a08_killed_again_during_the_recovery", AGAIN,
+        STRUCK, f"{CRASH}::test_a08_training_killed_at_any_file_operation_ends_with_the_same_bytes",
+        f"{CRASH}::test_a08_killed_again_during_the_recovery",
         f"{TWINS}::test_a08_twins_killed_at_random_moments_end_equal")),
     "A9": Row("SIGKILL between the parts of a step; during a swap of buffers", "as A8", (
         f"{F}test_cvfp.py::test_a09_sweeps_killed_at_any_file_operation_end_with_the_same_bytes",
@@ -71,7 +70,7 @@ ROWS: dict[str, Row] = {
         f"{PRETRAIN}::test_a10_a_signal_commits_and_the_same_command_ends_with_the_same_bytes",
         f"{PRETRAIN}::test_a10_two_signals_to_the_group_leave_at_once_and_lose_no_bit",
         f"{STAGE}::test_a10_a_first_signal_ends_with_75_and_leaves_no_process",
-        f"{CONCURRENT}::test_a10_a_signal_in_every_stage_is_75_or_done_and_the_same_command_ends_well")),
+        STRUCK)),
     "A11": Row("dvc alone killed, under bash, dash, no SHELL", "no orphan; next repro ends well", (
         f"{CONCURRENT}::test_a11_a_killed_dvc_leaves_no_stage_behind",
         "tests/core/test_launch.py::test_a11_workers_die_with_a_killed_launcher",
@@ -87,14 +86,14 @@ ROWS: dict[str, Row] = {
     "A15": Row("clock set back, other host name, project moved or copied", "up to date", (
         f"{DISKS}::test_a15_moved_and_copied_projects_and_an_older_clock_change_nothing",)),
     "B1": Row("ENOSPC at every write; a tmpfs that fills up", "exit 4 with numbers, no SIGBUS", (
-        f"{STAGES}::test_b01_b03_a_failing_disk_is_exit_4_and_the_same_command_ends_well",
+        STRUCK,
         f"{DISKS}::test_b01_a_disk_that_fills_up_is_exit_4_and_never_a_signal")),
     "B2": Row("estimate above the free space", "exit 4 before any work", (
         f"{FILES}::test_b2_an_estimate_above_the_free_space_stops_before_any_byte",
         f"{TRAINER}::test_b02_a_disk_too_small_for_the_checkpoints_stops_before_any_work",
         f"{SOURCES}::test_space_is_asked_for_before_the_first_byte")),
     "B3": Row("EIO on write, fsync, close; native writers under strace", "exit 4, abandoned", (
-        f"{STAGES}::test_b01_b03_a_failing_disk_is_exit_4_and_the_same_command_ends_well",
+        STRUCK,
         f"{DISKS}::test_b03_native_writers_end_with_4_or_die_and_leave_no_final_name",
         f"{FILES}::test_a_failing_disk_is_one_sentence_and_leaves_nothing")),
     "B4": Row("read-only disk", "exit 4 before work", (

@@ -3,7 +3,8 @@
 After each kill two things must hold: nothing committed is wrong, and the same action run again
 ends with the same bytes as if nothing had happened (reliability.md 1.3, 6.1). Failing the Nth
 operation for every N is the method of SQLite's crash tests. Instead of a kill the operation may
-fail with an errno: then the process must end with exit code 4, or do without it.
+fail with an errno: then the process must end with exit code 4, or do without it. Or the process may
+get a signal that it handles: then it ends with 75, or with 0 where it was as good as done.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ class Injector:
     """Counts the mutations of this process; at number `kill_at` it writes half and dies.
 
     error: the operation raises OSError with this errno instead; on a full disk (ENOSPC) every later
-    one that takes space does too.
+    one that takes space does too. number: the signal that is sent; one that is handled finds the
+    operation not begun.
     """
 
-    def __init__(self, kill_at: int | None, error: int | None = None) -> None:
-        self.kill_at, self.error, self.count = kill_at, error, 0
+    def __init__(
+        self, kill_at: int | None, error: int | None = None, number: int = signal.SIGKILL
+    ) -> None:
+        self.kill_at, self.error, self.number, self.count = kill_at, error, number, 0
         self.ours: set[int] = set()  # descriptors opened for writing
 
     def install(self) -> None:
@@ -58,6 +62,9 @@ class Injector:
                 return self._done(name, args, real(*args, **kwargs))
             self.count += 1
             if self.kill_at is not None and self._strikes():
+                if self.number != signal.SIGKILL:
+                    os.kill(os.getpid(), self.number)
+                    return self._done(name, args, real(*args, **kwargs))
                 if name in ("write", "pwrite"):
                     data = memoryview(args[1])
                     real(args[0], data[: len(data) // 2], *args[2:])
@@ -117,13 +124,16 @@ def enumerate_crashes(
     inspect: Callable[[Path], None] = lambda path: None,
     skip: Callable[[str], bool] = lambda name: False,
     every: int = 1,
+    first: int = 1,
     error: int | None = None,
+    number: int = signal.SIGKILL,
     twice: bool = False,
 ) -> int:
-    """Kill `action(folder(N))` at every `every`-th mutation; returns the number of points killed.
+    """Kill `action(folder(N))` at N = first, first + every, ...; returns how often it was killed.
 
     folder(N) makes a fresh working folder. inspect(path) raises when something committed is wrong.
     error: the operation fails with this errno instead, and the action ends with code 4 (or 0).
+    number: this signal is sent instead, and the action ends with code 75 (or 0).
     twice: the rerun is killed too, somewhere, and the run after that must end well.
     AssertionError names the points that went wrong; after three of them no more are tried.
     The rerun is left out where the kill leaves what an earlier one has left: about every second.
@@ -133,9 +143,9 @@ def enumerate_crashes(
     assert in_child(lambda: action(whole)) == 0, "the undisturbed run fails"
     expected = tree(whole, skip)
     assert expected, "the undisturbed run left nothing to compare"
-    point, wrong, seen = 1, [], set[tuple]()
+    point, wrong, seen = first, [], set[tuple]()
     while len(wrong) < 3:
-        path, injector = folder(point), Injector(point, error)
+        path, injector = folder(point), Injector(point, error, number)
         status = in_child(functools.partial(_strike, action, path, injector), injector)
         struck = (path / STRUCK).exists() or os.WIFSIGNALED(status)
         (path / STRUCK).unlink(missing_ok=True)
@@ -143,7 +153,7 @@ def enumerate_crashes(
             assert status == 0, f"point {point}: {status}"
             break
         try:
-            _judge(status, error)
+            _judge(status, error, number)
             inspect(path)
             if twice:
                 in_child(lambda path=path: action(path), Injector(1 + 31 * point % (point + 17)))
@@ -159,7 +169,7 @@ def enumerate_crashes(
         shutil.rmtree(path)
         point += every
     assert not wrong, "\n".join(wrong)
-    return (point - 1) // every
+    return len(range(first, point, every))
 
 
 def _state(folder: Path, skip: Callable[[str], bool]) -> tuple:
@@ -177,23 +187,26 @@ def _state(folder: Path, skip: Callable[[str], bool]) -> tuple:
     return tuple(found)
 
 
-def _judge(status: int, error: int | None) -> None:
+def _judge(status: int, error: int | None, number: int) -> None:
     """Whether the struck child ended as it should."""
-    if error is None:
+    if number != signal.SIGKILL:
+        code = os.waitstatus_to_exitcode(status)
+        assert code in (0, 75), f"exit {code} after signal {number}"
+    elif error is None:
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"status {status}"
     else:
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, 4), f"exit {code} after {os.strerror(error)}"
 
 
-STRUCK = "struck"  # left by a child whose injected error happened
+STRUCK = "struck"  # left by a child whose injected error or signal happened
 
 
 def _strike(action: Callable[[Path], int | None], path: Path, injector: Injector) -> int | None:
-    """`action(path)`; word is left where its injected error was raised."""
+    """`action(path)`; word is left where it lived on after its injected error or signal."""
     code = action(path)
-    if injector.error is not None and injector.count >= (injector.kill_at or 0):
-        injector.error = None
+    if injector.kill_at is not None and injector.count >= injector.kill_at:
+        injector.kill_at = None
         (path / STRUCK).touch()
     return code
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT
-from tests.faults.crash import tree
+from tests.conftest import HANG_S, ROOT
 from tests.faults.tally import tally
-from tests.faults.toy import skip, write_project
+from tests.faults.toy import write_project
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 FULL = os.environ.get("KUMIKI_FAULTS_EVERY") == "1"
@@ -30,6 +28,7 @@ def body(run):
     with Path("starts").open("a") as out:
         out.write(f"{os.getpid()}\\n")
     while Path("hold").exists():
+        Path("beat").touch()
         if run.stop.asked:
             raise KeyboardInterrupt
         time.sleep(0.02)
@@ -99,7 +98,7 @@ def test_a11_a_killed_dvc_leaves_no_stage_behind(project, shell, number):
     (pid,) = started(project, 1)
     dvc.send_signal(number)
     began = time.monotonic()
-    while is_alive(pid) and time.monotonic() - began < 30:
+    while is_alive(pid) and time.monotonic() - began < 60:
         time.sleep(0.02)
     assert not is_alive(pid), "an orphan writes on"
     dvc.kill()
@@ -108,7 +107,7 @@ def test_a11_a_killed_dvc_leaves_no_stage_behind(project, shell, number):
         lock.unlink()  # dvc's own, which it leaves where it was killed
     (project / "hold").unlink()
     again = start(project, "dvc", "repro", "-q", shell=shell)
-    said, _ = again.communicate(timeout=120)
+    said, _ = again.communicate(timeout=HANG_S)
     assert again.returncode == 0, said
     assert (project / "out/result").read_bytes() == b"done"
     tally("A11", f"{number.name} of dvc alone", 1, "the stage is gone, the next repro ends well")
@@ -125,8 +124,11 @@ def test_control_without_the_death_signal_the_stage_lives_on(project):
     (pid,) = started(project, 1)
     parent.kill()
     parent.wait()
-    time.sleep(1.0)
-    assert is_alive(pid)
+    for _ in range(5):  # the first may have been on its way
+        (project / "beat").unlink(missing_ok=True)
+        while not (project / "beat").exists():
+            assert is_alive(pid)
+            time.sleep(0.02)
     (project / "hold").unlink()
     while is_alive(pid):
         time.sleep(0.02)
@@ -140,7 +142,7 @@ def test_a12_started_many_times_at_one_moment_exactly_one_runs(project):
 
     def try_once(_: int) -> tuple[int, str]:
         process = start(project, sys.executable, "toy.py")
-        said, _err = process.communicate(timeout=120)
+        said, _err = process.communicate(timeout=HANG_S)
         return process.returncode, said
 
     with ThreadPoolExecutor(4) as pool:
@@ -152,33 +154,3 @@ def test_a12_started_many_times_at_one_moment_exactly_one_runs(project):
     assert try_once(0)[0] == 0
     assert len(started(project, 2)) == 2, "a second body ran beside the first"
     tally("A12", "the same stage started beside itself", times, "exit 4 with the holder's pid")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a10_a_signal_in_every_stage_is_75_or_done_and_the_same_command_ends_well(tmp_path, number):
-    """At moments over the whole life of the process; a second signal leaves at once."""
-    whole, project = tmp_path / "whole", tmp_path / "p"
-    write_project(whole)
-    shutil.copytree(whole, project)
-    words = [("download_shards",), ("extract_texts",)]
-    for command in words:
-        assert stage_of(whole, *command)[0] == 0
-        for delay in (0.4, 0.8, 1.2) if FULL else (0.8,):
-            process = start(project, sys.executable, "-m", f"stages.{command[0]}")
-            time.sleep(delay)
-            process.send_signal(number)
-            said, _ = process.communicate(timeout=60)
-            # Before its handlers are installed a process dies of the signal: nothing had begun.
-            assert process.returncode in (0, 75, -number, 1), said
-            assert process.returncode != 1 or "KeyboardInterrupt" in said, said
-        assert stage_of(project, *command)[0] == 0
-    kept = lambda folder: {  # noqa: E731
-        n: h for n, h in tree(folder, skip).items() if not n.startswith("data/work")
-    }
-    assert kept(project) == kept(whole)
-
-
-def stage_of(project: Path, title: str, *arguments: str) -> tuple[int, str]:
-    process = start(project, sys.executable, "-m", f"stages.{title}", *arguments)
-    said, _ = process.communicate(timeout=300)
-    return process.returncode, said

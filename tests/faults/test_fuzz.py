@@ -174,7 +174,7 @@ def test_d01_to_d05_any_bytes_are_a_value_or_a_sentence(tmp_path, name, monkeypa
     @given(changes(good))
     def feed(data: bytes) -> None:
         path.write_bytes(data)
-        began = time.monotonic()
+        began = time.process_time()
         tracemalloc.start()
         try:
             read(path)
@@ -185,7 +185,7 @@ def test_d01_to_d05_any_bytes_are_a_value_or_a_sentence(tmp_path, name, monkeypa
         finally:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-        assert time.monotonic() - began < 5
+        assert time.process_time() - began < 5
         assert peak <= 10 * len(data) + SLACK_BYTES, f"{peak:,} bytes for {len(data):,}"
 
     with bounded_memory():

@@ -1,8 +1,9 @@
 """A toy project whose stages are killed everywhere, in a process of its own.
 
-`python -m tests.faults.toy FOLDER CHAIN [--every N] [--errno NAME | --twice]` strikes the steps of
-a chain (or one step), each at every N-th change of the file system, and prints {step: points}. A
-fresh interpreter, because forks of a process in which Rust or OpenMP has started threads hang.
+`python -m tests.faults.toy FOLDER CHAIN kill:N twice:N ENOSPC:N EIO:N SIGTERM:N SIGINT:N` strikes
+the steps of a chain (or one step), in each of these ways at every N-th change of the file system,
+and prints {step: {way: [points, N]}}. A fresh interpreter, because forks of a process in which Rust
+or OpenMP has started threads hang; one for all ways, because it takes longer than 20 points.
 
 A new stage is one line in `STEPS`; a new family has its steps because its file is there, and a line
 in `MODELS` where its first size of the contract suite is not the one to use here.
@@ -18,6 +19,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ for _run in RUNS:
     STEPS[f"train_{_run}"] = Step(("pretrain", "--run", _run), ("encode",))
     STEPS[f"evaluate_{_run}"] = Step(("evaluate", "--run", _run), (f"train_{_run}",))
     STEPS[f"export_{_run}"] = Step(("export", "--run", _run), (f"train_{_run}",))
-THIN = 3  # evaluation and export are one code for all: gpt at each point, others at each third
+THIN = 3  # trainer, evaluation, export are one code for all: gpt at each point, others at a third
 SECTIONS: dict[str, dict] = {}  # of params.yaml, beside those in DATA
 if "cvfp" in RUNS:  # embeddings of a trained table, then two phases
     _rows = ("--embeddings", "data/embeddings.manifest.json")
@@ -89,6 +91,7 @@ if "cvfp" in RUNS:  # embeddings of a trained table, then two phases
     _contexts = ("--contexts", "checkpoints/phase1_cvfp/final")
     _words = ("pretrain", "--run", "cvfp", *_rows, *_contexts)
     STEPS["train_cvfp"] = Step(_words, ("train_phase1_cvfp",))
+GPTS = ("train_gpt", "evaluate_gpt", "export_gpt", "embed")
 # What one process strikes, in order: the data, then every family.
 CHAINS = {"data": ("download", "extract", "bpe", "spm", "encode")} | {
     family: tuple(f"{word}_{family}" for word in ("train", "evaluate", "export"))
@@ -280,9 +283,26 @@ def bytes_of(start: Path, folder: Path, step: str, workers: int) -> dict[str, st
     return {n: h for n, h in tree(path, skip).items() if n != "params.yaml"}
 
 
-def strike(start: Path, folder: Path, step: str, every: int, **how: Any) -> int:
-    """Strike one step everywhere, beginning with the project `start`; the number of points."""
+WAYS: dict[str, dict[str, Any]] = {
+    "kill": {},
+    "twice": {"twice": True},  # the recovery is killed too
+    "ENOSPC": {"error": errno.ENOSPC},
+    "EIO": {"error": errno.EIO},
+    "SIGTERM": {"number": signal.SIGTERM},
+    "SIGINT": {"number": signal.SIGINT},
+}
+
+
+def strike(start: Path, folder: Path, step: str, way: str, every: int) -> list[int]:
+    """Strike one step, beginning with the project `start`: (the number of points, one in how many).
+
+    The first point rotates from family to family and from way to way, so that together they meet
+    points of every kind.
+    """
     words = STEPS[step].words
+    alike = [name for name in STEPS if STEPS[name].words[0] == words[0]]
+    every *= THIN if words[0] in MODELLED and step not in GPTS else 1
+    first = 1 + (alike.index(step) + list(WAYS).index(way)) % every
 
     def whole(path: Path) -> int:
         """The step; beside what it leaves, what its log says but for the clock."""
@@ -291,41 +311,42 @@ def strike(start: Path, folder: Path, step: str, every: int, **how: Any) -> int:
             (path / "log_without_clock").write_text(log_without_clock(path))
         return code
 
-    return enumerate_crashes(whole, copies(start, folder), manifests_hold, skip, every, **how)
+    points = enumerate_crashes(
+        whole, copies(start, folder), manifests_hold, skip, every, first, **WAYS[way]
+    )
+    return [points, every]
 
 
 def main() -> None:
-    """Enumerate the crash points of a chain; with --every 0, compare worker counts."""
+    """Strike a chain; with --workers, compare what one and two leave."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("chain", choices=(*CHAINS, *STEPS))
-    parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--errno", choices=("ENOSPC", "EIO"))
-    parser.add_argument("--twice", action="store_true", help="the recovery is killed too")
+    parser.add_argument("ways", nargs="*", help=" ".join(f"{way}:N" for way in WAYS))
+    parser.add_argument("--workers", action="store_true")
     given = parser.parse_args()
     steps = CHAINS.get(given.chain, (given.chain,))
     project = prepare(given.folder, steps[0], later=steps[1:])
-    number = getattr(errno, given.errno) if given.errno else None
-    how = {"error": number, "twice": given.twice}
-    points, wrong = {}, []
+    found: dict[str, dict[str, list[int]]] = {step: {} for step in steps}
+    wrong: list[str] = []
     for step in steps:
-        folder = given.folder / step
-        folder.mkdir()
-        try:
-            if given.every == 0:
-                one, two = (bytes_of(project, folder, step, n) for n in (1, 2))
-                assert one == two, sorted(n for n in one | two if one.get(n) != two.get(n))
-                points[step] = len(one)
-            else:
-                thin = step.startswith(("evaluate_", "export_")) and not step.endswith("_gpt")
-                every = given.every * (THIN if thin else 1)
-                points[step] = strike(project, folder, step, every, **how)
-        except AssertionError as failure:
-            wrong.append(f"{step}: {failure}")
-        shutil.rmtree(folder)
+        for way in ["workers"] if given.workers else given.ways:
+            way, _, every = way.partition(":")
+            folder = given.folder / step
+            folder.mkdir()
+            try:
+                if given.workers:
+                    one, two = (bytes_of(project, folder, step, n) for n in (1, 2))
+                    assert one == two, sorted(n for n in one | two if one.get(n) != two.get(n))
+                    found[step][way] = [len(one), 1]
+                else:
+                    found[step][way] = strike(project, folder, step, way, int(every))
+            except AssertionError as failure:
+                wrong.append(f"{step}, {way}: {failure}")
+            shutil.rmtree(folder)
         advance(project, step)
     assert not wrong, "\n".join(wrong)
-    sys.stdout.write(json.dumps(points) + "\n")
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -111,9 +110,7 @@ def test_without_triton_the_wish_ends_a_stage_before_torch(monkeypatch):
         "kernel_choice.require('auto', 'pretrain gpt')\n"
         "assert 'torch' not in sys.modules\n"
     )
-    began = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "."})
-    assert time.monotonic() - began < 30  # a hang, not a speed
 
 
 def test_another_version_is_not_the_pinned_one(monkeypatch):

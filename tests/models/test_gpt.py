@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,7 +84,6 @@ def meta(config: Config, vocab_size: int) -> Model:
 
 
 def test_published_sizes_and_flops_are_exact_without_allocating():
-    started = time.perf_counter()
     for config, vocab, params, flops in (
         (Config(), 65_536, 560_988_160, 3_491_758_080),
         (Config(variant="modern", depth=12), 32_768, 286_261_730, 759_696_048),
@@ -93,8 +91,8 @@ def test_published_sizes_and_flops_are_exact_without_allocating():
     ):
         model = meta(config, vocab)
         assert sum(p.numel() for p in model.parameters()) == params
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
         assert model.flops_per_token(2_048) == flops
-    assert time.perf_counter() - started < 2
     tables = meta(Config(variant="modern", depth=12), 32_768).value_tables.parameters()
     assert sum(p.numel() for p in tables) == 150_994_944
 

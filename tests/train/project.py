@@ -14,7 +14,7 @@ from lib.core.data_settings import BpeTokenizer
 from lib.data import chat
 from lib.data import tokenizer as tokenizers
 from lib.data.encode import encode, plan_encoding
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.data import encoding_double as double
 from tests.data.texts import english
 
@@ -118,5 +118,5 @@ def command(
 def outcome(project: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of `pretrain --run gpt`."""
     process = command(project, "--run", "gpt", *arguments, **environment)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG_S)
     return process.returncode, out, err

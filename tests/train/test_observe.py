@@ -350,11 +350,13 @@ def test_tensorboard_writes_events(tmp_path):
 
 
 FAKE_HUB = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 
 class HfApi:
     def create_repo(self, repo, private, exist_ok):
+        while Path(os.environ["SEEN"] + ".hold").exists():
+            time.sleep(0.01)
         if "broken" in repo:
             raise ConnectionError("https://user:hunter22@host/ is down")
         Path(os.environ["SEEN"]).write_text(f"{repo} {private} {exist_ok}")
@@ -381,8 +383,11 @@ def test_weights_are_pushed_in_the_background(fake_hub):
     said: list[str] = []
     push = HubPush(Hub(repo="me/model", every_steps=5), said.append, pytest.fail)
     assert push.is_free()
+    hold = fake_hub / "seen.hold"
+    hold.touch()
     push.start(fake_hub / "weights")
     assert not push.is_free(), "one push at a time"
+    hold.unlink()
     push.close()
     assert (fake_hub / "seen").read_text() == "me/model True True|model.safetensors"
     assert said == ["1 pushes to me/model"] and push.is_free()

@@ -12,7 +12,7 @@ import torch
 
 from lib.train.checkpoint import read_tensors
 from lib.train.parallel import global_norm
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.faults.crash import tree
 from tests.train.ranks_script import RAMPED, gpt_job
 from tests.train.test_trainer import log_of, losses_of, run
@@ -27,7 +27,7 @@ def two(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

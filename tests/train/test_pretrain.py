@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import pytest
 from lib.core import stage
 from lib.train.final import Final
 from stages import pretrain
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 from tests.faults.crash import tree
 from tests.train.project import PARAMS, command, make_project, outcome
 from tests.train.test_observe import FAKE_HUB
@@ -56,6 +55,13 @@ def pretrain_here(*arguments: str) -> int:
     )
 
 
+def imported(err: str) -> set[str]:
+    """Modules in what PYTHONPROFILEIMPORTTIME=1 makes Python say."""
+    found = {line.split("|")[-1].strip() for line in err.splitlines() if "|" in line}
+    assert "json" in found
+    return found
+
+
 def outputs(project: Path) -> dict[str, str]:
     found = tree(project / "checkpoints/gpt/final")
     return found | tree(project / "metrics/gpt")
@@ -87,13 +93,12 @@ def test_the_final_model_keeps_no_path_or_host(trained):
 
 
 def test_a13_a_finished_run_is_a_no_op_that_touches_no_file(trained):
-    """Torch is not even imported: the second run of the same command takes well under 3 s."""
+    """Torch is not even imported, which is what would take seconds."""
     watched = [p for p in trained.rglob("*") if p.is_file() and p.suffix != ".lock"]
     before = {p: p.stat().st_mtime_ns for p in watched if p.name != "stage.log"}
-    started = time.monotonic()
-    code, out, err = outcome(trained)
+    code, out, err = outcome(trained, PYTHONPROFILEIMPORTTIME="1")
     assert (code, "up to date" in err, out) == (0, True, ""), err
-    assert time.monotonic() - started < 3
+    assert "torch" not in imported(err)
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -115,7 +120,7 @@ def test_outputs_removed_by_dvc_come_back_without_training(trained, tmp_path, mo
 def test_a10_a_signal_commits_and_the_same_command_ends_with_the_same_bytes(project, tmp_path):
     """SIGTERM: the step in hand is committed, exit 75; then as if nothing had been."""
     process = interrupted(project, LONGER, [signal.SIGTERM])
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 75, err
     assert "saved; run the same command to continue" in err and "Traceback" not in err
     assert len(list((project / "checkpoints/gpt/work").rglob("step_*/manifest.json"))) == 1
@@ -127,7 +132,7 @@ def test_a10_a_signal_commits_and_the_same_command_ends_with_the_same_bytes(proj
 def test_a10_two_signals_to_the_group_leave_at_once_and_lose_no_bit(project, tmp_path):
     """As a terminal sends them; whatever was being written bears no final name. Slow: a process."""
     process = interrupted(project, LONGER, [signal.SIGINT, signal.SIGINT])
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 75, err
     assert_ends_like_a_twin(project, tmp_path / "twin")
 
@@ -244,7 +249,7 @@ def test_e06_mistakes_are_all_named_at_once_before_torch(project):
     text = text.replace("ema_decay: 0.9", "warmpu: 3\n    ema_decay: 1.5").replace("0.01", '"1e-2"')
     (project / "params.yaml").write_text(text.replace("depth: 1", "depht: 1"))
     process = command(project, "--run", "gpt", PYTHONPROFILEIMPORTTIME="1")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 2
     for words in (
         "train.gpt.warmpu; did you mean train.gpt.warmup?",
@@ -253,7 +258,7 @@ def test_e06_mistakes_are_all_named_at_once_before_torch(project):
         "3 errors",
     ):
         assert words in err
-    assert "torch" not in {line.split("|")[-1].strip() for line in err.splitlines()}
+    assert "torch" not in imported(err)
 
 
 def test_an_unknown_run_is_answered_with_those_there_are(project, capsys):
@@ -293,7 +298,7 @@ def test_samples_are_text_of_the_tokenizer(project, capsys):
 
 SINKS = """
   trackers: [wandb]
-  hub: {repo: me/toy, every_steps: 2}
+  hub: {repo: me/toy, every_steps: 6}
 """
 BROKEN_WANDB = "def init(**_):\n    raise ConnectionError('no route to the tracker')\n"
 
@@ -318,7 +323,7 @@ def test_sinks_out_of_reach_change_no_byte_and_are_counted(trained, project, tmp
     assert outputs(project) == outputs(trained)
     assert err.count("tracker wandb is switched off: no route") == 1
     assert "without a whole record of this run: wandb" in err
-    assert re.search(r"\d pushes to me/toy, \d failed", err), err
+    assert "1 pushes to me/toy, 1 failed" in err
     assert "hunter22" not in err
 
 
