@@ -33,9 +33,9 @@ def _skip(name: str) -> bool:
     return name.endswith((".stamps.json", ".part", ".part.json"))
 
 
-def _maker(tmp_path: Path):
+def _maker(fast_folder: Path):
     def make(point: int) -> Path:
-        folder = tmp_path / f"point_{point}"
+        folder = fast_folder / f"point_{point}"
         folder.mkdir()
         return folder
 
@@ -65,12 +65,12 @@ def _scratch(monkeypatch):
     monkeypatch.setenv("KUMIKI_SCRATCH", "")  # restored after what the parent sets above
 
 
-def test_a01_kill_anywhere_in_a_download_of_three_shards(tmp_path, monkeypatch):
+def test_a01_kill_anywhere_in_a_download_of_three_shards(fast_folder, monkeypatch):
     """One worker, so that the mutations come in one order; two sources, one of them local."""
     quick = functools.partial(hosts.Policy, patience=hosts.Patience().scaled(0.02))
     monkeypatch.setattr(remote, "Policy", quick)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    local = tmp_path / "local"
+    local = fast_folder / "local"
     local.mkdir()
     (local / "a.jsonl").write_text('{"text": "a"}\n')
     (local / "b.jsonl").write_text('{"text": "b"}\n')
@@ -95,16 +95,16 @@ def test_a01_kill_anywhere_in_a_download_of_three_shards(tmp_path, monkeypatch):
         runtime = Runtime(allow_private_hosts=("127.0.0.1",), workers=1, download_workers=1)
 
         action = _action(section, runtime)
-        killed = enumerate_crashes(action, _maker(tmp_path), _inspect, _skip)
+        killed = enumerate_crashes(action, _maker(fast_folder), _inspect, _skip)
     assert killed > 40
     tally("A1", "SIGKILL while shards come over a network", killed, "equal bytes")
 
 
-def test_a01_kill_anywhere_while_packages_and_samples_become_shards(tmp_path, monkeypatch):
+def test_a01_kill_anywhere_while_packages_and_samples_become_shards(fast_folder, monkeypatch):
     """The embedded corpus is one unit, a stream is one unit a shard."""
     import datasets  # noqa: F401  # once, before the forks
 
-    package, samples = tmp_path / "package", tmp_path / "own.jsonl"
+    package, samples = fast_folder / "package", fast_folder / "own.jsonl"
     for index in range(20):
         text = f'"""Module {index}. {"It says something long. " * 8}"""\n'
         files.write_bytes(package / f"m{index}.py", text.encode())
@@ -127,6 +127,6 @@ def test_a01_kill_anywhere_while_packages_and_samples_become_shards(tmp_path, mo
         }
     )
     action = _action(section, Runtime(workers=1))
-    killed = enumerate_crashes(action, _maker(tmp_path), _inspect, _skip, every=3)
+    killed = enumerate_crashes(action, _maker(fast_folder), _inspect, _skip, every=3)
     assert killed > 15
     tally("A1", "SIGKILL while packages and samples become shards", killed, "equal bytes")

@@ -58,28 +58,28 @@ def _step(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def test_a14_the_newest_durable_checkpoint_survives_a_loss_of_power(tmp_path):
-    states = recorded(tmp_path / "run")
+def test_a14_the_newest_durable_checkpoint_survives_a_loss_of_power(fast_folder):
+    states = recorded(fast_folder / "run")
     assert len(states) > 100
     every = 1 if SEVERAL > 1 else 5
-    count = lost(states, tmp_path / "left", every)
+    count = lost(states, fast_folder / "left", every)
     tally("A14", "power loss in training", count, "the newest durable checkpoint loads")
 
 
-def test_control_without_the_fsync_of_folders_a_checkpoint_is_lost(tmp_path, monkeypatch):
+def test_control_without_the_fsync_of_folders_a_checkpoint_is_lost(fast_folder, monkeypatch):
     monkeypatch.setattr(files, "fsync_folder", lambda folder: None)
-    states = recorded(tmp_path / "run")
+    states = recorded(fast_folder / "run")
     with pytest.raises((AssertionError, KumikiError)):
-        _nothing_is_lost(states, tmp_path / "left")
+        _nothing_is_lost(states, fast_folder / "left")
 
 
-def test_control_without_the_fsync_of_files_a_manifest_lies(tmp_path, monkeypatch):
+def test_control_without_the_fsync_of_files_a_manifest_lies(fast_folder, monkeypatch):
     real = files._fsync
     monkeypatch.setattr(files, "_fsync", lambda path: real(path) if path.is_dir() else None)
     monkeypatch.setattr(files.os, "fsync", os.fsync)
-    states = recorded(tmp_path / "run")
+    states = recorded(fast_folder / "run")
     with pytest.raises((AssertionError, KumikiError)):
-        lost(states, tmp_path / "left", 1)
+        lost(states, fast_folder / "left", 1)
 
 
 def _nothing_is_lost(states: list[Folder], place: Path) -> None:

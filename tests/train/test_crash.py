@@ -49,9 +49,9 @@ def nothing_committed_is_wrong(folder: Path) -> None:
         Final.open(folder / "final")
 
 
-def maker(tmp_path: Path):
+def maker(fast_folder: Path):
     def make(point: int) -> Path:
-        path = tmp_path / f"point_{point}"
+        path = fast_folder / f"point_{point}"
         path.mkdir()
         return path
 
@@ -64,9 +64,9 @@ def _warm(tmp_path_factory):
     train_and_publish(tmp_path_factory.mktemp("warm"))
 
 
-def test_a08_training_killed_at_any_file_operation_ends_with_the_same_bytes(tmp_path):
+def test_a08_training_killed_at_any_file_operation_ends_with_the_same_bytes(fast_folder):
     killed = enumerate_crashes(
-        train_and_publish, maker(tmp_path), nothing_committed_is_wrong,
+        train_and_publish, maker(fast_folder), nothing_committed_is_wrong,
         skip=lambda name: name.endswith("training_log.jsonl"), every=EVERY,
     )  # fmt: skip
     assert killed >= 300 // EVERY, (
@@ -75,9 +75,9 @@ def test_a08_training_killed_at_any_file_operation_ends_with_the_same_bytes(tmp_
     tally("A8", "SIGKILL in the trainer with dropout", killed, "equal bytes after the same command")
 
 
-def test_a08_killed_again_during_the_recovery(tmp_path):
+def test_a08_killed_again_during_the_recovery(fast_folder):
     """Second order: each of three kills falls into the rerun of the one before."""
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole, folder = fast_folder / "whole", fast_folder / "killed"
     for path in (whole, folder):
         path.mkdir()
     assert in_child(lambda: train_and_publish(whole)) == 0
@@ -89,9 +89,9 @@ def test_a08_killed_again_during_the_recovery(tmp_path):
     assert tree(folder, skip) == tree(whole, skip)
 
 
-def test_e10_two_good_checkpoints_remain_wherever_retention_is_killed(tmp_path):
+def test_e10_two_good_checkpoints_remain_wherever_retention_is_killed(fast_folder):
     """After the second commit at least two verify at every point."""
-    make = maker(tmp_path)
+    make = maker(fast_folder)
     point = 1
     while True:
         folder = make(point)
@@ -117,16 +117,16 @@ def test_e10_two_good_checkpoints_remain_wherever_retention_is_killed(tmp_path):
 # ---------------------------------------------------------------- negative controls
 
 
-def test_control_without_the_random_states_the_bytes_differ(tmp_path, monkeypatch):
+def test_control_without_the_random_states_the_bytes_differ(fast_folder, monkeypatch):
     """Dropout draws on: a rerun that begins its generators anew must be caught."""
     monkeypatch.setattr("lib.train.safety.restore_random_states", lambda states, device: None)
     with pytest.raises(AssertionError, match="point"):
         enumerate_crashes(
-            train_and_publish, maker(tmp_path), skip="training_log.jsonl".__eq__, every=60
+            train_and_publish, maker(fast_folder), skip="training_log.jsonl".__eq__, every=60
         )
 
 
-def test_control_with_the_step_off_by_one_the_bytes_differ(tmp_path, monkeypatch):
+def test_control_with_the_step_off_by_one_the_bytes_differ(fast_folder, monkeypatch):
     from lib.train import state
 
     real = state.Position
@@ -137,22 +137,22 @@ def test_control_with_the_step_off_by_one_the_bytes_differ(tmp_path, monkeypatch
     monkeypatch.setattr(state, "Position", late)
     with pytest.raises(AssertionError, match="point"):
         enumerate_crashes(
-            train_and_publish, maker(tmp_path), skip="training_log.jsonl".__eq__, every=60
+            train_and_publish, maker(fast_folder), skip="training_log.jsonl".__eq__, every=60
         )
 
 
-def test_control_without_the_hash_a_flipped_bit_is_trained_on(tmp_path, monkeypatch):
+def test_control_without_the_hash_a_flipped_bit_is_trained_on(fast_folder, monkeypatch):
     """The same flip that E3 names goes through when only the format is looked at."""
     from lib.core import artifact
 
     monkeypatch.setattr(artifact, "verify", lambda folder, manifest: None)
-    train(make_job(tmp_path, replace(SETTINGS, steps=2), RUNTIME_HERE))
-    path = tmp_path / "step_2/model.safetensors"
+    train(make_job(fast_folder, replace(SETTINGS, steps=2), RUNTIME_HERE))
+    path = fast_folder / "step_2/model.safetensors"
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.unlink()
     path.write_bytes(damaged)
-    outcome = train(make_job(tmp_path, replace(SETTINGS, steps=2), RUNTIME_HERE))
+    outcome = train(make_job(fast_folder, replace(SETTINGS, steps=2), RUNTIME_HERE))
     assert outcome.position.step == 2  # taken without a word: the hash is what stands in the way
 
 
