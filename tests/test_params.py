@@ -157,6 +157,7 @@ SLIPS = {
     "tokenizer": ("vocab_size: 4096", "vocabsize: 4096", "bpe.vocabsize; did you mean"),
     "choice": ("packing: bestfit", "packing: best_fit", "did you mean bestfit?"),
     "encoding's tokenizer": ("tokenizer: bpe", "tokenizer: bpee", "choose one of bpe, spm"),
+    "a run's tokenizer": ("tokenizer: spm", "tokenizer: bpe", "its tokenizer's name, bpe"),
     "overlay": ("shards: 240", "shard: 240", "profiles.nanochat_d20.download_shards"),
     "overlay section": ("    encode_tokens: &none_encodings", "    encode_token: &none_encodings",
                         "profiles.small.encode_token; did you mean"),

@@ -49,6 +49,7 @@ class Settings:
         used = {name for recipe in recipes.values() for name in recipe.sources}
         used |= {getattr(t, "source", None) for t in self.train_tokenizer.values()}
         text = {n for n, s in sources.items() if not isinstance(s, FilesSource | ArchiveSource)}
+        maker = {n: e.tokenizer for n, e in self.encode_tokens.items()}
         refuse(
             *(
                 (
@@ -115,6 +116,15 @@ class Settings:
                     f"choose {_one_of(self.encode_tokens)}",
                 )
                 for n, t in self.train.items()
+            ),
+            *(  # a template of dvc.yaml reaches no further than the line of the run
+                (
+                    maker.get(t.tokens, t.tokens) != t.tokens,
+                    f"runs.{n}.tokens",
+                    t.tokens,
+                    f"give the encoding its tokenizer's name, {maker.get(t.tokens)}",
+                )
+                for n, t in self.runs.items()
             ),
         )
 
