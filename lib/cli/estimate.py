@@ -11,220 +11,46 @@ Form:  training holds 16 B a parameter (fp32 weights and gradients, two moments)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lib.cli.cost import PROCESS_BYTES, Cost, problems, refuse
+from lib.cli.data_costs import data_costs, overlay, text_tokens, touched, vocab_size_of
 from lib.cli.machines import Machine, this_machine
-from lib.core import dag, params
-from lib.core.artifact import Manifest
-from lib.core.data_settings import EmbeddedSource, HubDatasetSource, ParquetSource
-from lib.core.errors import EnvError
+from lib.core import dag
 from lib.core.run_settings import Train
 from lib.core.settings import Settings
 from lib.export import amounts
 
-SHARD_BYTES = 100e6  # a FineWeb-Edu shard as its hosts serve it
-SHARD_CHARACTERS = 250e6
-CHARACTERS_PER_TOKEN = 4.8  # of a 65,536-id BPE on English web text
-PACKAGE_BYTES = 12.7e6 / 6  # of docstrings, of each package of the embedded corpus
-PROCESS_BYTES = 0.45e9  # Python with torch, before any model
-WORKER_BYTES = 0.32e9  # one worker of a data stage (measured: 644 MB with two)
 STATE_BYTES = 16  # a parameter
 ACTIVATION_BYTES = 34  # a token, channel and block
-CLEAN_RATE, ENCODE_RATE = 15e6, 8e6  # bytes of text a second and core
-
-
-KNOBS = {  # in order of effect
-    "memory": "runtime.device_batch_size, activation_checkpointing, context, then width",
-    "disk": "fewer shards or tokens, then KUMIKI_SCRATCH on a larger disk",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """One stage. Bytes and seconds; None is not known."""
-
-    stage: str
-    download_bytes: float | None = None
-    scratch_bytes: float | None = None
-    ram_bytes: float | None = None
-    vram_bytes: float | None = None
-    seconds: float | None = None
-    binds: str = ""  # the term that decides the time
-    basis: str = "bounded by the settings"
-    facts: tuple[tuple[str, Any], ...] = ()  # parameters, FLOPs, tokens of a training stage
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "facts": dict(self.facts)}
+WEIGHT_BYTES = 4  # a parameter of a finished model
+WRITE_RATE = 0.5e9  # bytes a second, hashed as they are written
 
 
 def costs(settings: Settings, machine: Machine, run: str | None = None) -> list[Cost]:
     """Every stage in order, or the training of one run only."""
     names = [run] if run else runs_of(settings)
-    training = [train_cost(settings, name, machine) for name in names]
+    training = {name: train_cost(settings, name, machine) for name in names}
     if run:
-        return training
-    return [*data_costs(settings, machine), *training]
+        return [*training.values()]
+    finished = [
+        cost
+        for name, trained in training.items()
+        if name in settings.families
+        for cost in finished_costs(settings, name, trained, machine)
+    ]
+    return [*data_costs(settings, machine), *training.values(), *finished, Cost(stage="report")]
 
 
 def runs_of(settings: Settings) -> list[str]:
     """The runs that the profile is about: those it overlays, or all where it overlays none."""
     every = [name for name in settings.train if name != "defaults"]
-    touched = _touched(_overlay(settings))
-    return [n for n in every if {n, settings.train[n].family} & touched] or every
-
-
-def _overlay(settings: Settings) -> dict[str, Any]:
-    profiles = params.read_yaml(Path(params.PARAMS)).get("profiles") or {}
-    return profiles.get(settings.profile) or {}
-
-
-def _touched(overlay: dict[str, Any]) -> set[str]:
-    """Runs and families that an overlay says something of."""
-    return {
-        n for part in ("train", "model", "runs") for n, v in (overlay.get(part) or {}).items() if v
-    }
-
-
-# ---------------------------------------------------------------- data
-
-
-def data_costs(settings: Settings, machine: Machine) -> Iterator[Cost]:
-    """download_shards, extract_texts, encode_tokens@..., precompute_embeddings."""
-    down = [download_bytes(s) for s in settings.download_shards.sources.values()]
-    total = None if any(d is None for d in down) else sum(d or 0 for d in down)
-    here = settings.profile == _active_profile()
-    known = _scratch_of(Path("data/shards.manifest.json")) if here else None
-    remote = sum(
-        d or 0
-        for d, s in zip(down, settings.download_shards.sources.values(), strict=True)
-        if _is_remote(s)
-    )
-    yield Cost(
-        stage="download_shards",
-        download_bytes=remote if total is not None else None,
-        scratch_bytes=known or total,
-        ram_bytes=WORKER_BYTES * settings.runtime.workers,
-        seconds=None if total is None else remote / machine.network + total / CLEAN_RATE,
-        binds="network" if remote else "CPU",
-        basis="counted in the manifest" if known else "bounded by the settings",
-    )
-    rates = settings.runtime.workers
-    text = _text_bytes(settings)
-    ram = WORKER_BYTES * settings.runtime.workers
-    seconds = None if text is None else text / CLEAN_RATE / rates
-    yield Cost(stage="extract_texts", scratch_bytes=None, ram_bytes=ram, seconds=seconds,
-               binds="CPU")  # fmt: skip
-    for name in settings.encode_tokens:
-        tokens = train_tokens(settings, name)
-        known = _scratch_of(Path(f"data/tokens/{name}.manifest.json")) if here else None
-        wide = 2 if _vocab_size(settings, name) <= 2**16 else 4
-        yield Cost(
-            stage=f"encode_tokens@{name}",
-            scratch_bytes=known or (None if tokens is None else wide * tokens),
-            ram_bytes=ram,
-            seconds=None if tokens is None else tokens * 4 / ENCODE_RATE / rates,
-            binds="CPU",
-            basis="counted in the manifest" if known else "bounded by the settings",
-            facts=(("tokens", tokens),),
-        )
-    if _wants_embeddings(settings):
-        yield embedding_cost(settings)
-
-
-def download_bytes(source: Any) -> float | None:
-    """Bytes of a source's shards; None where only its host can tell."""
-    if isinstance(source, EmbeddedSource):
-        return PACKAGE_BYTES * len(source.packages) * 0.4  # as zstd Parquet
-    if isinstance(source, ParquetSource) and source.shards:
-        return (source.shards + 1) * SHARD_BYTES
-    pinned = getattr(source, "files", None)
-    if pinned:
-        return sum(one.bytes for one in pinned.values())
-    names = [*getattr(source, "train", ()), *getattr(source, "val", ())]
-    folder = Path(getattr(source, "folder", "."))
-    sizes = [(folder / n).stat().st_size for n in names if (folder / n).is_file()]
-    return float(sum(sizes)) if names and len(sizes) == len(names) else None
-
-
-def _is_remote(source: Any) -> bool:
-    local = isinstance(source, EmbeddedSource) or bool(getattr(source, "train", ()))
-    return not local and not getattr(source, "paths", ())
-
-
-def train_tokens(settings: Settings, encoding: str) -> float | None:
-    """Training tokens of an encoding: counted, else the most that the settings allow."""
-    path = Path(f"data/tokens/{encoding}.manifest.json")
-    section = settings.encode_tokens[encoding]
-    if path.is_file() and settings.profile == _active_profile():
-        return Manifest.read(path).counts["train"]["tokens"]
-    recipe = settings.extract_texts.recipes[section.documents]
-    bounds = []
-    for name in recipe.sources:
-        source = settings.download_shards.sources[name]
-        if isinstance(source, ParquetSource) and source.shards:
-            bounds.append(source.shards * SHARD_CHARACTERS / CHARACTERS_PER_TOKEN)
-        elif isinstance(source, HubDatasetSource) and section.truncate_tokens:
-            bounds.append(float(source.max_train_samples * section.truncate_tokens))
-        else:
-            return section.max_tokens
-    total = sum(bounds)
-    return min(total, section.max_tokens) if section.max_tokens else total
-
-
-def _text_bytes(settings: Settings) -> float | None:
-    """Bytes of text in all sources, as far as the settings tell."""
-    total = 0.0
-    for source in settings.download_shards.sources.values():
-        if isinstance(source, EmbeddedSource):
-            total += PACKAGE_BYTES * len(source.packages)
-        elif isinstance(source, ParquetSource) and source.shards:
-            total += source.shards * SHARD_CHARACTERS
-        elif isinstance(source, HubDatasetSource):
-            return None
-    return total
-
-
-def _wants_embeddings(settings: Settings) -> bool:
-    """Whether the profile says anything of token vectors, or nothing of any run: then all count."""
-    overlay = _overlay(settings)
-    if _touched(overlay):
-        return bool(overlay.get("precompute_embeddings"))
-    return "precompute_embeddings" in params.read_yaml(Path(params.PARAMS))
-
-
-def embedding_cost(settings: Settings) -> Cost:
-    """Token vectors on disk, by the stage's own plan; what training adds is told beside it."""
-    from lib.data.embedding_plan import plan_of
-
-    sizes = plan_of(settings).files()
-    contexts = sum(size for name, size in sizes.items() if name.startswith("context_"))
-    vectors = sizes.get("embeddings.npy", sizes["table.npy"])
-    return Cost(
-        stage="precompute_embeddings",
-        scratch_bytes=sizes["token_ids.npy"] + vectors,
-        ram_bytes=PROCESS_BYTES,
-        binds="disk",
-        facts=(("embeddings_bytes", vectors), ("contexts_bytes", contexts)),
-    )
-
-
-def _scratch_of(path: Path) -> float | None:
-    """Bytes that an existing manifest names."""
-    if not path.is_file():
-        return None
-    return sum(entry.bytes for entry in Manifest.read(path).files)
-
-
-def _active_profile() -> str | None:
-    return params.read_yaml(Path(params.PARAMS)).get("profile")
-
-
-# ---------------------------------------------------------------- training
+    wanted = touched(overlay(settings))
+    return [n for n in every if {n, settings.train[n].family} & wanted] or every
 
 
 def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
@@ -237,12 +63,12 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
     section = settings.train[name]
     family = load_family(section.family or name)
     encoding = settings.encode_tokens[section.tokens or "bpe"]
-    vocab_size, context = _vocab_size(settings, section.tokens or "bpe"), encoding.context
+    vocab_size, context = vocab_size_of(settings, section.tokens or "bpe"), encoding.context
     with torch.device("meta"):
         model = family.Model(section.model, vocab_size)
     model.vocab_size = vocab_size
     if hasattr(model, "read_from"):  # its steps are sweeps over all tokens of its source
-        tokens = train_tokens(settings, section.tokens or "bpe") or 0
+        tokens = text_tokens(settings, section.tokens or "bpe", "train") or 0
         model.source = SimpleNamespace(tokens=int(tokens), has_rows=False)  # type: ignore[assignment]
         context = getattr(model, "stream_rows", None) or context
     plan = make_plan(section, model, context, torch.bfloat16)
@@ -274,6 +100,31 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
         binds=worked["binds"],
         basis=machine.source,
         facts=facts,
+    )
+
+
+def finished_costs(
+    settings: Settings, name: str, trained: Cost, machine: Machine
+) -> Iterator[Cost]:
+    """evaluate@ and export@ of a trained run; of the exams only the text's own bits are counted."""
+    facts = dict(trained.facts)
+    weights = WEIGHT_BYTES * facts["parameters"]
+    tokens = text_tokens(settings, settings.train[name].tokens or "bpe", "val")
+    forward = facts["flops_per_token"] / 3  # a backward pass costs two forward passes
+    yield Cost(
+        stage=f"evaluate@{name}",
+        ram_bytes=PROCESS_BYTES + weights,
+        seconds=None if tokens is None else tokens * forward / machine.flops,
+        binds="arithmetic",
+        basis=f"{machine.source}, bits per byte without exams",
+        facts=(("run", name), ("tokens", tokens)),
+    )
+    yield Cost(
+        stage=f"export@{name}",
+        scratch_bytes=weights,
+        ram_bytes=PROCESS_BYTES + 2 * weights,  # read whole, and the tensors that are written
+        seconds=weights / WRITE_RATE,
+        binds="disk",
     )
 
 
@@ -352,10 +203,6 @@ def _streamed(
     }
 
 
-def _vocab_size(settings: Settings, encoding: str) -> int:
-    return settings.train_tokenizer[settings.encode_tokens[encoding].tokenizer].vocab_size
-
-
 def fitting(cost: Cost, seconds: float) -> dict[str, Any]:
     """Steps and tokens that fit in `seconds`, and the compute-optimal size for that many FLOPs.
 
@@ -369,49 +216,6 @@ def fitting(cost: Cost, seconds: float) -> dict[str, Any]:
         "tokens": int(facts["tokens"] * share),
         "model_parameters": int((flops / 120) ** 0.5),
     }
-
-
-# ---------------------------------------------------------------- against a machine
-
-
-def totals(found: list[Cost]) -> dict[str, float]:
-    """Sums of bytes and seconds, the largest memory; what is not known is left out."""
-    sums = {
-        name: sum(getattr(cost, name) or 0.0 for cost in found)
-        for name in ("download_bytes", "scratch_bytes", "seconds")
-    }
-    for name in ("ram_bytes", "vram_bytes"):
-        sums[name] = max((getattr(cost, name) or 0.0 for cost in found), default=0.0)
-    return sums
-
-
-def problems(found: list[Cost], machine: Machine) -> list[tuple[str, str, float, float]]:
-    """(what, stage, needed, present) of everything that does not fit."""
-    lacking = []
-    for cost in found:
-        for kind, needed, present in (
-            ("GPU memory", cost.vram_bytes, machine.vram_bytes),
-            ("memory", cost.ram_bytes, machine.ram_bytes),
-        ):
-            if needed is not None and present is not None and needed > present:
-                lacking.append((kind, cost.stage, needed, present))
-    disk = totals(found)["scratch_bytes"]
-    if machine.disk_bytes is not None and disk > machine.disk_bytes:
-        stage = max(found, key=lambda c: c.scratch_bytes or 0.0).stage
-        lacking.append(("disk", stage, disk, machine.disk_bytes))
-    return lacking
-
-
-def refuse(lacking: list[tuple[str, str, float, float]]) -> None:
-    """EnvError that names the largest lack and the knobs, in order of effect."""
-    if not lacking:
-        return
-    kind, stage, needed, present = max(lacking, key=lambda p: p[2] / p[3])
-    raise EnvError(
-        f"{kind} too small for {stage}",
-        value=f"{amounts.size(needed)} needed, {amounts.size(present)} present",
-        remedy=KNOBS["disk" if kind == "disk" else "memory"],
-    )
 
 
 def preflight(settings: Settings, stage: str, item: str) -> str:
@@ -440,5 +244,9 @@ def _costs_of(settings: Settings, stage: str, item: str, machine: Machine) -> li
     if stage == "pretrain":
         encoding = settings.train[item].tokens or "bpe"
         return [train_cost(settings, item, machine)] if encoding in settings.encode_tokens else []
+    if stage in ("evaluate", "export") and item in settings.train:
+        trained = train_cost(settings, item, machine)
+        found = finished_costs(settings, item, trained, machine)
+        return [cost for cost in found if cost.stage == f"{stage}@{item}"]
     name = f"{stage}@{item}" if item else stage
     return [cost for cost in data_costs(settings, machine) if cost.stage == name]

@@ -49,7 +49,7 @@ class Settings:
         used = {name for recipe in recipes.values() for name in recipe.sources}
         used |= {getattr(t, "source", None) for t in self.train_tokenizer.values()}
         text = {n for n, s in sources.items() if not isinstance(s, FilesSource | ArchiveSource)}
-        maker = {n: e.tokenizer for n, e in self.encode_tokens.items()}
+        maker: dict[str | None, str] = {n: e.tokenizer for n, e in self.encode_tokens.items()}
         refuse(
             *(
                 (

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.cli import estimate, machines
+from lib.cli import data_costs, estimate, machines
 from lib.cli import main as cli
 from lib.cli.commands import chat
 from lib.cli.commands.config import load_profile
-from lib.core import files, params
+from lib.core import dag, files, params
 from lib.core.artifact import Manifest
 from lib.core.lock import exclusive_lock
 from tests.conftest import ROOT
@@ -236,7 +236,7 @@ def test_reference_point_nanochat_d20(monkeypatch):
 
 def test_reference_point_cvfp_ultrachat(monkeypatch):
     settings = shipped(monkeypatch, "cvfp_ultrachat")
-    facts = dict(estimate.embedding_cost(settings).facts)
+    facts = dict(data_costs.embedding_cost(settings).facts)
     sizes = [round(facts[f"{name}_bytes"] / 1e9, 1) for name in ("embeddings", "contexts")]
     assert sizes == [39.3, 78.6]
 
@@ -262,6 +262,20 @@ def test_estimate_counts_refuses_and_fits(kumiki):
     assert kumiki("estimate", "--device", "abacus")[0] == 2
     assert kumiki("estimate", "--fit", "soon")[0] == 2
     assert kumiki("estimate", "--run", "nobody")[0] == 2
+
+
+def test_every_stage_has_its_row_and_evaluation_costs_a_third_of_training(monkeypatch):
+    settings = shipped(monkeypatch, "small")
+    found = {c.stage: c for c in estimate.costs(settings, machines.TABLE["cpu2"])}
+    stages = {name.split("@")[0] for name in found}
+    assert stages == set(dag.stages_of(ROOT))
+    monkeypatch.setattr(estimate, "text_tokens", lambda settings, encoding, split: 1000)
+    trained = found["train_gpt"]
+    rows = estimate.finished_costs(settings, "gpt", trained, machines.TABLE["cpu2"])
+    evaluation, export = rows
+    facts = dict(trained.facts)
+    assert evaluation.seconds == 1000 * facts["flops_per_token"] / 3 / machines.TABLE["cpu2"].flops
+    assert export.scratch_bytes == 4 * facts["parameters"]
 
 
 def test_what_does_not_fit_names_need_and_knobs(kumiki, monkeypatch):

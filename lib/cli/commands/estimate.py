@@ -9,7 +9,8 @@ from typing import Any
 
 from lib.cli import machines, tables
 from lib.cli.commands.config import load_profile
-from lib.cli.estimate import Cost, costs, fitting, problems, refuse, totals
+from lib.cli.cost import Cost, problems, refuse, totals
+from lib.cli.estimate import costs, fitting
 from lib.cli.machines import Machine
 from lib.core.errors import UserError
 from lib.export import amounts
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     fits = {
         cost.stage: fitting(cost, seconds)
         for cost in found
-        if seconds and cost.stage.startswith("train")
+        if seconds and "steps" in dict(cost.facts)
     }
     lacking = problems(found, machine)
     if arguments.json:
