@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from lib.core.rng import torch_generator
-from lib.core.run_settings import Train
+from lib.core.run_settings import Runtime, Train
 from lib.models.base import Family, Optim, build, load_family
 from lib.train.job import Batch
 from lib.train.optim import build_optimizer
 from lib.train.precision import autocast, compute_dtype, pick_device
+from lib.train.rounding import of_run
 from lib.train.schedule import Multipliers
 
 FIRST_LOSS = 0.25  # how far from ln V the first loss may be
@@ -61,7 +62,8 @@ class Stepper:
             weight_decay=settings.weight_decay, optimizer=settings.optimizer,
             batch_tokens=trial.rows * trial.context, steps=100, compute_dtype=self.dtype,
         )  # fmt: skip
-        self.optimizer = build_optimizer(self.model.param_groups(optim))
+        rounding = of_run(settings, Runtime(), 1, self.model, self.dtype)
+        self.optimizer = build_optimizer(self.model.param_groups(optim), rounding=rounding)
         self.multipliers = Multipliers()
         self.model.train()
 

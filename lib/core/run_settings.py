@@ -60,6 +60,8 @@ class Train:
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices
     moments: Literal["float32", "bfloat16"] = "float32"  # of adamw; bfloat16: 4 B a weight less
+    # of linear layers; bf16_sr: gradients too, rounded stochastically by adamw; 4 B a weight less
+    weights: Literal["fp32", "bf16_sr"] = "fp32"
     adamw_every: int = 1  # steps from one update of AdamW to the next, which gather gradients
     grad_clip: float | None = None  # global norm over all ranks and parameters, 0 = off
     skip_steps: int = 0  # updates that may be left out for a non-finite gradient before it stops
@@ -131,6 +133,12 @@ class Train:
                 "adamw_every",
                 self.adamw_every,
                 "use 1 with adamw8bit",
+            ),
+            (
+                self.weights == "bf16_sr" and self.precision not in ("auto", "bf16"),
+                "precision",
+                self.precision,
+                "use bf16 with weights: bf16_sr",
             ),
             (not self.lr > 0, "lr", self.lr, "use a number above 0"),
             (not self.eps > 0, "eps", self.eps, "use a number above 0"),

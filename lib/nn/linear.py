@@ -30,7 +30,12 @@ class Linear(nn.Module):
         """x (..., inputs) -> (..., outputs)."""
         if self.fp8 and self.training:
             return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight)
+        if torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.weight)
+        # A run may keep weights in bf16 (lib/train/rounding.py); what is left out of autocast is
+        # computed as wide as its input.
+        wide = torch.promote_types(self.weight.dtype, x.dtype)
+        return F.linear(x, self.weight.to(wide))
 
 
 class Table(nn.Module):

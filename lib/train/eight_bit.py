@@ -23,8 +23,11 @@ MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name -> whether it has a sig
 class EightBitAdamW:
     """The groups of rule `adamw8bit`; the same interface as the other rules of lib.train.optim."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        """UserError where torchao is not installed."""
+    def __init__(self, groups: Sequence[Group], stochastic: bool = False) -> None:
+        """stochastic: weights in bf16 are rounded so, with the device's own generator.
+
+        UserError where torchao is not installed.
+        """
         try:
             from torchao.optim import AdamW8bit  # type: ignore[import-not-found]  # optional
         except ImportError:
@@ -41,7 +44,8 @@ class EightBitAdamW:
                     "weight_decay": g.weight_decay,
                 }
                 for g in self.groups
-            ]
+            ],
+            bf16_stochastic_round=stochastic,
         )  # fmt: skip
         self._rule = rule
         self._names = {name: p for g in self.groups for name, p in g.params.items()}

@@ -12,7 +12,7 @@ Note: matrices of one shape and rule are stacked, and updated by one batched seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from lib.core.errors import InputError
+from lib.core.errors import InputError, UserError
 from lib.kernels.xxt import xxt
 from lib.models.base import Family, Group
 from lib.train.eight_bit import EightBitAdamW
-from lib.train.rounding import RoundedMoments
+from lib.train.rounding import Rounding
 from lib.train.schedule import Multipliers
 
 # Quintic x -> a x + b x^3 + c x^5 on singular values; they end in [0.67, 1.21], by design.
@@ -105,8 +105,8 @@ class Optimizer:
     shard: matrices of Muon are dealt to ranks, largest first; an owner keeps their state and
     updates them, then all ranks receive the result. `step` and `state_tensors` are then collective
     calls. parts: names of parameters that AdamW updates by one call each, in this order; `run`
-    makes the updates, now or beside other work (they hold their gradients). rounded: AdamW keeps
-    its moments in bf16. gathers: AdamW may pass steps over, whose gradients it then adds up.
+    makes the updates, now or beside other work (they hold their gradients). rounding: what AdamW
+    keeps in bf16. gathers: AdamW may pass steps over, whose gradients it then adds up.
     """
 
     def __init__(
@@ -116,9 +116,10 @@ class Optimizer:
         shard: bool = False,
         parts: Sequence[Sequence[str]] = (),
         run: Callable[[Sequence[Update]], None] | None = None,
-        rounded: RoundedMoments | None = None,
+        rounding: Rounding | None = None,
         gathers: bool = False,
     ) -> None:
+        """UserError where a rule cannot keep its weights in bf16."""
         self.groups, self._run = list(groups), run or _run_in_order
         names = [name for group in self.groups for name in group.params]
         assert len(names) == len(set(names)), "a parameter stands in two groups"
@@ -128,9 +129,11 @@ class Optimizer:
         ranks = dist.get_world_size() if shard and dist.is_initialized() else 1
         self._rank = dist.get_rank() if ranks > 1 else 0
         self._owners = deal(muon, ranks)
-        self._plain = _AdamW(plain, parts, rounded)
+        rounding = rounding or Rounding(0)
+        _refuse_narrow(muon, rounding.weights)
+        self._plain = _AdamW(plain, parts, rounding)
         self._gathered = _Gathered(plain if gathers else ())
-        self._coded = EightBitAdamW(coded) if coded else None
+        self._coded = EightBitAdamW(coded, bool(rounding.weights)) if coded else None
         rules = (self._plain, self._gathered, self._coded)
         self._adamw = [rule for rule in rules if rule is not None]
         self._stacks = [s for group in muon for s in _stacks(group, self._owners, self._rank)]
@@ -199,15 +202,25 @@ class Optimizer:
 
 def build_optimizer(
     groups: Sequence[Group], *, shard: bool = False, model: Family | None = None,
-    rounded: RoundedMoments | None = None, gathers: bool = False,
+    rounding: Rounding | None = None, gathers: bool = False,
 ) -> Optimizer:  # fmt: skip
     """The optimizer of a model's `param_groups`; `model` may say in which parts, and when."""
     if model is None:
-        return Optimizer(groups, shard=shard, rounded=rounded, gathers=gathers)
+        return Optimizer(groups, shard=shard, rounding=rounding, gathers=gathers)
     return Optimizer(
-        groups, shard=shard, parts=model.update_parts(), run=model.run_updates, rounded=rounded,
+        groups, shard=shard, parts=model.update_parts(), run=model.run_updates, rounding=rounding,
         gathers=gathers,
     )  # fmt: skip
+
+
+def _refuse_narrow(muon: Iterable[Group], narrow: Collection[str]) -> None:
+    found = [name for group in muon for name in group.params if name in narrow]
+    if found:
+        raise UserError(
+            "weights of two bytes need AdamW",
+            value=f"weights: bf16_sr, and {found[0]} is Muon's",
+            remedy="set weights: fp32, or optimizer: adamw where the family takes it",
+        )
 
 
 def _run_in_order(updates: Sequence[Update]) -> None:
@@ -333,22 +346,22 @@ class _AdamW:
 
     torch's fused `adamw` is this formula (arXiv 1711.05101, epsilon after the correction);
     parameters in half precision go by `_step_half`, for torch would keep their moments in half
-    precision too. rounded: moments are bf16 between updates, which go tensor by tensor then.
+    precision too. Where moments are bf16 between updates, those go tensor by tensor.
     """
 
     def __init__(
         self, groups: Sequence[Group], parts: Sequence[Sequence[str]] = (),
-        rounded: RoundedMoments | None = None,
+        rounding: Rounding | None = None,
     ) -> None:  # fmt: skip
         self._state: dict[str, dict[str, Tensor]] = {}
-        self._rounded = rounded
+        self._rounding = rounding = rounding or Rounding(0)
         of = {name: number for number, names in enumerate(parts) for name in names}
         # (part, group, its members in that part), those of no part together at the end
         self._calls: list[tuple[Group, list[str]]] = []
         found: dict[tuple[int, int], list[str]] = {}
         for number, group in enumerate(groups):
             for name, p in group.params.items():
-                dtype = torch.bfloat16 if rounded else _wide(p)
+                dtype = torch.bfloat16 if rounding.moments else _wide(p)
                 moments = {k: torch.zeros_like(p, dtype=dtype) for k in ("exp_avg", "exp_avg_sq")}
                 self._state[name] = {"step": torch.zeros((), device=p.device), **moments}
                 found.setdefault((of.get(name, len(parts)), number), []).append(name)
@@ -365,13 +378,13 @@ class _AdamW:
         return made
 
     def _update(self, group: Group, members: Sequence[Member], multiplier: float) -> None:
-        if self._rounded is None:
+        if not self._rounding.moments:
             states = [self._state[name] for name, _, _ in members]
-            return _step_adamw(group, members, states, multiplier)
+            return _step_adamw(group, members, states, multiplier, self._rounding.put)
         for member in members:
             name = member[0]
-            with self._rounded.widened(name, self._state[name]) as state:
-                _step_adamw(group, [member], [state], multiplier)
+            with self._rounding.widened(name, self._state[name]) as state:
+                _step_adamw(group, [member], [state], multiplier, self._rounding.put)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{n}.{kind}": t for n, state in self._state.items() for kind, t in state.items()}
@@ -382,8 +395,9 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 def _step_adamw(
-    group: Group, members: Sequence[Member], states: Sequence[dict[str, Tensor]], multiplier: float
-) -> None:
+    group: Group, members: Sequence[Member], states: Sequence[dict[str, Tensor]],
+    multiplier: float, put: Callable[[str, Tensor, Tensor, int], None],
+) -> None:  # fmt: skip
     pairs = list(zip(members, states, strict=True))
     whole = [(p, grad, s) for (_, p, grad), s in pairs if p.dtype == _wide(p)]
     if whole:
@@ -394,21 +408,21 @@ def _step_adamw(
             beta2=group.betas[1], lr=group.lr * multiplier, weight_decay=group.weight_decay,
             eps=group.eps, maximize=False,
         )  # fmt: skip
-    for (_, parameter, grad), state in pairs:
+    for (name, parameter, grad), state in pairs:
         if parameter.dtype != _wide(parameter):
-            _step_half(group, parameter, grad, state, multiplier)
+            value = _step_half(group, parameter, grad, state, multiplier)
+            put(name, parameter, value, int(state["step"]))
 
 
 def _step_half(
     group: Group, p: nn.Parameter, grad: Tensor, state: Mapping[str, Tensor], multiplier: float
-) -> None:
-    """AdamW in fp32 for a half-precision parameter, rounded once at the end."""
+) -> Tensor:
+    """AdamW in fp32 for a half-precision parameter: its new value, to be rounded once."""
     (beta1, beta2), lr = group.betas, group.lr * multiplier
     state["step"].add_(1)
     t, g, wide = float(state["step"]), grad.float(), p.float()
     m1 = state["exp_avg"].lerp_(g, 1 - beta1)
     m2 = state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
     denominator = (m2 / (1 - beta2**t)).sqrt_().add_(group.eps)
-    p.copy_(
-        (wide * (1 - lr * group.weight_decay)).addcdiv_(m1, denominator, value=-lr / (1 - beta1**t))
-    )
+    wide.mul_(1 - lr * group.weight_decay)
+    return wide.addcdiv_(m1, denominator, value=-lr / (1 - beta1**t))

@@ -12,8 +12,8 @@ Note:  tensors cut over ranks are put together before they are written, so a che
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from lib.train.checkpoint import Checkpoint, Checkpoints
 from lib.train.ema import Ema
 from lib.train.observe import Observer
 from lib.train.optim import Optimizer
-from lib.train.precision import LossScaler
+from lib.train.precision import LossScaler, autocast
 
 
 @dataclass
@@ -79,16 +79,23 @@ class RunState:
     checkpoints: Checkpoints
     stack: Mapping[str, str]
     extra: Mapping[str, Any]  # written into every checkpoint: code, parents
+    narrow: frozenset[str] = frozenset()  # weights that are bf16 while the run goes on
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Inside, the model holds the averaged weights, where the run keeps an average."""
-        return self.ema.swapped_in() if self.ema else nullcontext()
+        with self.ema.swapped_in() if self.ema else nullcontext(), self.computing():
+            yield
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict that others get: averaged, whole, on the CPU. All ranks must call."""
         with self.averaged():
             found = {n: parallel.whole(t).cpu() for n, t in self.model.state_dict().items()}
-            return {n: t.clone() for n, t in found.items()}
+            return {n: t.float() if n in self.narrow else t.clone() for n, t in found.items()}
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, products with weights in bf16 are taken as those of a step are."""
+        return autocast(self.device, torch.bfloat16) if self.narrow else nullcontext()
 
     @property
     def predicts(self) -> bool:
@@ -103,7 +110,8 @@ class RunState:
 
     def log_scalars(self) -> dict[str, float]:
         """Numbers of a log step beside the loss: the family's own, and how training goes."""
-        found = {**self.model.log_scalars(), "skipped": self.position.skipped}
+        with self.computing():
+            found = {**self.model.log_scalars(), "skipped": self.position.skipped}
         if self.scaler.active:
             found["loss_scale"] = self.scaler.scale
         if self.device.type == "cuda":

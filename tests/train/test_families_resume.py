@@ -26,6 +26,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "width": 16, "depth": 2, "heads": 2, "key_width": 4, "d_ff": 24, "context": CONTEXT,
         "tt_rank": 4,
     },
+    "gpt": {"width": 16, "depth": 1, "heads": 2, "context": CONTEXT},
+    "ramgpt": {"width": 16, "depth": 2, "heads": 2, "context": CONTEXT},
     "trm": {"width": 16, "depth": 1, "heads": 2, "context": CONTEXT, "dropout": 0.1, "halt": "q"},
 }  # fmt: skip
 
