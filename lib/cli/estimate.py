@@ -4,8 +4,9 @@ In:    the resolved settings, a machine.   Out: one `Cost` a stage.
 Rule:  counted where it can be counted (parameters and FLOPs from the model itself on the meta
        device, steps from the trainer's plan, bytes from manifests that exist), else bounded from
        the settings, else null; nothing is guessed in silence: `basis` says which.
-Form:  training holds 16 B a parameter (fp32 weights and gradients, two moments) and activations of
-       34 B a token and channel of a block in bf16 (arXiv 2205.05198), one block's with checkpoints.
+Form:  training holds 16 B a parameter (fp32 weights and gradients, two moments), less where a run
+       keeps them in fewer, and activations of 34 B a token and channel of a block in bf16 (arXiv
+       2205.05198), one block's with checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from lib.core.run_settings import Train
 from lib.core.settings import Settings
 from lib.export import amounts
 
-STATE_BYTES = 16  # a parameter
 ACTIVATION_BYTES = 34  # a token, channel and block
 WEIGHT_BYTES = 4  # a parameter of a finished model
 WRITE_RATE = 0.5e9  # bytes a second, hashed as they are written
@@ -77,7 +77,7 @@ def train_cost(settings: Settings, name: str, machine: Machine) -> Cost:
     tables |= {id(p) for p in model.parameters() if p.ndim == 2 and p.shape[0] >= vocab_size}
     embedding = sum(p.numel() for p in model.parameters() if id(p) in tables)
     worked = _streamed(settings, section, model, plan, machine)
-    worked = worked or _resident(model, plan, settings, machine)
+    worked = worked or _resident(settings, section, model, plan, machine)
     checkpoint = checkpoint_bytes(section, plan.parameters)
     facts = (
         ("run", name),
@@ -130,8 +130,21 @@ def finished_costs(
 
 def checkpoint_bytes(section: Train, parameters: int) -> int:
     """Weights, AdamW's two moments, the average where the run keeps one."""
-    moments = 8 if section.moments == "float32" else 4
-    return parameters * (4 + moments + (4 if section.ema_decay else 0))
+    weight, moments = kept_bytes(section)
+    return round(parameters * (weight + moments + (4 if section.ema_decay else 0)))
+
+
+def kept_bytes(section: Train) -> tuple[float, float]:
+    """(a weight, its two moments) between updates; a gradient is as wide as its weight."""
+    coded = 2.03 if section.optimizer == "adamw8bit" else None  # codes, and a scale for 256
+    moments = coded or (8 if section.moments == "float32" else 4)
+    return (2 if section.weights == "bf16_sr" else 4), moments
+
+
+def state_bytes(section: Train) -> float:
+    """Weight, gradient and moments of a parameter in training."""
+    weight, moments = kept_bytes(section)
+    return 2 * weight + moments
 
 
 def stage_of(run: str) -> str:
@@ -142,7 +155,9 @@ def stage_of(run: str) -> str:
     return f"train@{run}"
 
 
-def _resident(model: Any, plan: Any, settings: Settings, machine: Machine) -> dict[str, Any]:
+def _resident(
+    settings: Settings, section: Train, model: Any, plan: Any, machine: Machine
+) -> dict[str, Any]:
     """Everything on one device."""
     import torch
 
@@ -154,7 +169,7 @@ def _resident(model: Any, plan: Any, settings: Settings, machine: Machine) -> di
     depth = max((len(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)), default=1)
     depth = 1 if settings.runtime.activation_checkpointing else depth
     activations = ACTIVATION_BYTES * rows * plan.context * width * depth
-    held = STATE_BYTES * plan.parameters + activations
+    held = state_bytes(section) * plan.parameters + activations
     if getattr(model, "stream_rows", None):  # a sweep's memory does not follow its step's length
         from lib.data.embedding_plan import plan_of
 
@@ -174,7 +189,7 @@ def _streamed(
     """By the streaming engine's own planner, where the family has units and does not fit whole."""
     if machine.vram_bytes is None or not hasattr(model, "stream_units"):
         return None
-    if STATE_BYTES * plan.parameters <= 0.9 * machine.vram_bytes:
+    if state_bytes(section) * plan.parameters <= 0.9 * machine.vram_bytes:
         return None
     import torch
 

@@ -251,6 +251,11 @@ def test_reference_point_ramgpt_1b(monkeypatch):
     assert cost.scratch_bytes == 10 * facts["checkpoint_bytes"], "eight, the best, the one written"
     half = replace(settings.train["ramgpt"], moments="bfloat16", ema_decay=0.9)
     assert estimate.checkpoint_bytes(half, 10) == 120
+    assert [
+        estimate.state_bytes(replace(half, **keys))
+        for keys in ({"moments": "float32"}, {}, {"weights": "bf16_sr"}, {"optimizer": "adamw8bit"},
+                     {"optimizer": "adamw8bit", "weights": "bf16_sr"})
+    ] == pytest.approx([16, 12, 8, 10.03, 6.03])  # fmt: skip
     assert (cost.seconds or 0) / 86400 == pytest.approx(1147, rel=0.02)
 
 

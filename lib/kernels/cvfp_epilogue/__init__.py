@@ -1,4 +1,4 @@
-"""What follows a context block's product: z' = LN(z + relu(P + table[ids])) (kernels.md 5.9)."""
+"""What follows a context block's product: z' = LN(z + relu(P)) (kernels.md 5.9)."""
 
 from __future__ import annotations
 
@@ -11,31 +11,23 @@ from lib.kernels.cvfp_epilogue.reference import cvfp_epilogue as _reference
 MAX_WIDTH = 8_192
 
 
-def cvfp_epilogue(
-    P: Tensor,
-    z: Tensor,
-    table: Tensor,
-    ids: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    z_old: Tensor | None = None,
-    tau: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """z' (n, d) in z's dtype; with z_old also two statistics without gradients, fp32: the share of
+def runs(z: Tensor) -> bool:
+    """Whether the kernel would run on rows like z (n, d)."""
+    limit = "" if z.shape[1] <= MAX_WIDTH else f"width {z.shape[1]}"
+    return decide("cvfp_epilogue", z.device, z.dtype, limit)
 
-    rows with mean((z' - z_old)^2) < tau, and the sums of z' by column (d,).
-    P, z, z_old (n, d); table (V, d), B e + b of each id; ids (n,) int64; gamma, beta (d,).
+
+def cvfp_epilogue(P: Tensor, z: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """z' (n, d) in z's dtype; P, z (n, d); gamma, beta (d,).
+
+    P is z A' + B e + b: the token's side joins in the product's own addition, which reads it once
+    anyway, so no table is looked up here and none needs a gradient.
     """
-    n, d = z.shape if z.ndim == 2 else (-1, -1)
-    fits = P.shape == z.shape and table.ndim == 2 and table.shape[1] == d and ids.shape == (n,)
-    same = z_old is None or z_old.shape == z.shape
-    if n < 0 or not fits or not same or gamma.shape != (d,) or beta.shape != (d,):
-        named = (("P", P), ("z", z), ("table", table), ("ids", ids), ("gamma", gamma))
+    d = z.shape[1] if z.ndim == 2 else -1
+    if d < 0 or P.shape != z.shape or gamma.shape != (d,) or beta.shape != (d,):
+        named = (("P", P), ("z", z), ("gamma", gamma), ("beta", beta))
         raise ValueError("do not fit: " + ", ".join(f"{n} {tuple(x.shape)}" for n, x in named))
     with torch.autocast(z.device.type, enabled=False):
-        if decide("cvfp_epilogue", z.device, z.dtype, "" if d <= MAX_WIDTH else f"width {d}"):
-            out, _, _, share, sums = torch.ops.kumiki.cvfp_epilogue(
-                P, z, table, ids, gamma, beta, z_old, tau
-            )
-            return (out, None, None) if z_old is None else (out, share, sums)
-        return _reference(P, z, table, ids, gamma, beta, z_old, tau)
+        if runs(z):
+            return torch.ops.kumiki.cvfp_epilogue(P, z, gamma, beta)[0]
+        return _reference(P, z, gamma, beta)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib.kernels.cvfp_epilogue import cvfp_epilogue
+from lib.kernels.cvfp_epilogue import runs as epilogue_runs
 from lib.nn.contexts.context import EPS, Weights, trajectory
 
 BLOCK = 512  # rows
@@ -29,10 +31,19 @@ def one_step(c: Tensor, P: Sequence[Tensor], weights: Weights, *, owned: bool = 
     narrow = weights.narrow(P[0].dtype)
     flat = [*P, *weights.A, *weights.gain, *weights.offset]
     with torch.autocast(c.device.type, enabled=False):
+        if not weights.gelu and epilogue_runs(c.to(wide)):
+            return _by_kernel(c.to(wide), P, weights)
         if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
             return _OneStep.apply(c.to(wide), weights.gelu, owned, narrow, *flat)  # type: ignore[return-value]  # a tensor
         R = list(P) if owned else [torch.empty_like(p) for p in P]
         return _forward(c.to(wide), P, R, narrow, weights, None)[0]
+
+
+def _by_kernel(z: Tensor, P: Sequence[Tensor], weights: Weights) -> Tensor:
+    """The same, what follows each product fused: on a GPU, which has no use for blocks of rows."""
+    for p, A, gain, offset in zip(P, weights.A, weights.gain, weights.offset, strict=True):
+        z = cvfp_epilogue(torch.addmm(p, z.to(p.dtype), A.to(p.dtype).t()), z, gain, offset)
+    return z
 
 
 def step_rows(z: Tensor, P: Sequence[Tensor], narrow: Sequence[Tensor], weights: Weights) -> Tensor:
