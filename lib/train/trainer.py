@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lib.core import ranks
-from lib.train import parallel, safety
+from lib.train import parallel, rounding, safety
 from lib.train.checkpoint import Checkpoints
 from lib.train.ema import Ema
 from lib.train.job import Batch, Job, Outcome, cut
@@ -26,7 +26,6 @@ from lib.train.observe import Observer
 from lib.train.optim import build_optimizer
 from lib.train.plan import describe, make_plan, refuse_accumulation, refuse_unshardable
 from lib.train.precision import LossScaler, autocast
-from lib.train.rounding import of_run
 from lib.train.state import Position, RunState, stack_of
 
 
@@ -43,16 +42,16 @@ def train(job: Job) -> Outcome:
     if runtime.shard == "fsdp":
         parallel.shard_blocks(model)
         refuse_unshardable(model, plan)
-    rounding = of_run(settings, runtime, job.seed, model, job.dtype)
+    rounded = rounding.of_run(settings, runtime, job.seed, model, job.dtype)
     groups = parallel.split_groups(model.param_groups(plan.optim))
     state = RunState(
         model=model,
         optimizer=build_optimizer(groups, shard=runtime.shard == "optimizer", model=model,
-                                  rounding=rounding, gathers=plan.adamw_every > 1),
+                                  rounding=rounded, gathers=plan.adamw_every > 1),
         ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
         scaler=LossScaler(job.dtype), device=device, position=Position(), extra=job.extra,
         checkpoints=Checkpoints(job.work, job.identity, runtime.keep_last, job.warn),
-        narrow=rounding.weights, stack={**stack_of(device, job.dtype), **model.engine_facts()},
+        narrow=rounded.weights, stack={**stack_of(device, job.dtype), **model.engine_facts()},
     )  # fmt: skip
     observer = Observer(
         job.work, runtime, run=job.run, steps=plan.steps, tokens=plan.tokens,
