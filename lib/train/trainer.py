@@ -115,9 +115,8 @@ def train(job: Job) -> Outcome:
         ids = next(rows.prefetch(position.step, position.step + 1, rank, world))
         began = time.monotonic()
         with safety.nothing_remembered(model, device):
-            for loss, _ in backward(
-                cut(ids, position.step, micro_rows, device, numbered, answers=job.answers)[0]
-            ):
+            first = cut(ids, position.step, micro_rows, device, numbered, answers=job.answers)[0]
+            for loss, _ in backward(first):
                 float(loss or 0)  # waits for the device
         return time.monotonic() - began
 
