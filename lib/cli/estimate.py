@@ -259,9 +259,5 @@ def _costs_of(settings: Settings, stage: str, item: str, machine: Machine) -> li
     if stage == "pretrain":
         encoding = settings.train[item].tokens or "bpe"
         return [train_cost(settings, item, machine)] if encoding in settings.encode_tokens else []
-    if stage in ("evaluate", "export") and item in settings.train:
-        trained = train_cost(settings, item, machine)
-        found = finished_costs(settings, item, trained, machine)
-        return [cost for cost in found if cost.stage == f"{stage}@{item}"]
     name = f"{stage}@{item}" if item else stage
     return [cost for cost in data_costs(settings, machine) if cost.stage == name]
