@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.core import files
+from lib.core.errors import UserError
 
 EXIT_FILE = "KUMIKI_EXIT_FILE"  # where rank 0 leaves its exit code for the launcher
 
@@ -24,6 +25,18 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share_of(rows: int, world: int) -> int:
+    """Rows of a step that one of `world` ranks takes; UserError with the numbers that divide."""
+    if rows % world:
+        divisors = [str(n) for n in range(1, rows + 1) if rows % n == 0]
+        raise UserError(
+            "ranks do not divide the rows of a step",
+            value=f"{rows} rows, {world} ranks",
+            remedy=f"use {', '.join(divisors)} ranks, or change batch_tokens",
+        )
+    return rows // world
 
 
 @cache

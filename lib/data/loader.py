@@ -20,6 +20,7 @@ import numpy as np
 
 from lib.core.errors import UserError
 from lib.core.ramp import Ramp
+from lib.core.ranks import share_of
 from lib.core.rng import numpy_generator
 from lib.data.tokens import TokenStore
 
@@ -101,13 +102,7 @@ class Loader(Ahead):
 
     def row_numbers(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """The rows that `batch` reads, int64 (G / world,)."""
-        share, left = divmod(self.ramp.at(step), world)
-        if left:
-            raise UserError(
-                "ranks do not divide the rows of a step",
-                value=f"{self.ramp.at(step)} rows, {world} ranks",
-                remedy="change batch_tokens or the number of ranks",
-            )
+        share = share_of(self.ramp.at(step), world)
         first = self.ramp.before(step) + rank * share
         slots = np.arange(first, first + share)
         epochs, places = np.divmod(slots, self.store.rows)

@@ -175,10 +175,15 @@ def sized(settings: Train, store: TokenStore) -> Train:
 
 
 def require_context(context: int, model: Family) -> None:
-    """UserError where the rows are longer than the model may be given."""
-    if model.max_context is not None and context > model.max_context:
+    """UserError unless the rows are as long as the model's context.
+
+    Longer ones do not fit; on shorter ones no position beyond them would ever be trained.
+    """
+    own = model.max_context
+    if own is not None and context != own:
         raise UserError(
-            "rows are longer than the model's context",
-            value=f"rows of {context}, model {model.max_context}",
-            remedy="lower encode_tokens' context and run it again, or raise the model's",
+            f"rows are {'longer' if context > own else 'shorter'} than the model's context",
+            value=f"rows of {context}, model {own}",
+            remedy=f"run the encode_tokens stage again with context {own}, or give the model "
+            f"context {context}",
         )

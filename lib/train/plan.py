@@ -66,13 +66,7 @@ class Plan:
         limit = self.rows if whole else runtime.device_batch_size
         if limit == "auto":
             limit = max(1, AUTO_TOKENS.get(device.type, 2**13) // self.context)
-        share = self.rows // world
-        if share * world != self.rows:
-            raise UserError(
-                "ranks do not divide the rows of a step",
-                value=f"{self.rows} rows, {world} ranks",
-                remedy="change batch_tokens or the number of ranks",
-            )
+        share = ranks.share_of(self.rows, world)
         return max(n for n in range(1, min(share, limit) + 1) if share % n == 0)
 
 

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(store):
     Loader(store, store.rows * 16, seed=0).batch(1)
     with pytest.raises(UserError, match=r"batch_tokens 100, context 16; use 96"):
         Loader(store, 100, seed=0)
-    with pytest.raises(UserError, match="8 rows, 3 ranks"):
+    with pytest.raises(UserError, match="8 rows, 3 ranks; use 1, 2, 4, 8 ranks"):
         Loader(store, G * 16, seed=0).batch(0, 0, 3)
 
 

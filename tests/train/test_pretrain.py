@@ -286,9 +286,15 @@ def test_a_run_may_begin_with_anothers_weights(trained, tmp_path, monkeypatch, c
     assert "depth 1, here 2" in capsys.readouterr().err
 
 
-def test_rows_longer_than_the_models_context_are_refused(project, capsys):
-    assert pretrain_here("--set", "model.gpt.context=16") == 2
-    assert "rows of 32, model 16" in capsys.readouterr().err
+@pytest.mark.parametrize(("context", "told"), [(16, "longer"), (64, "shorter")])
+def test_rows_of_another_length_than_the_models_context_are_refused(
+    project, capsys, context, told
+):
+    """Shorter ones would leave positions that are offered to a user and were never trained."""
+    assert pretrain_here("--set", f"model.gpt.context={context}") == 2
+    err = capsys.readouterr().err
+    assert f"rows are {told} than the model's context: rows of 32, model {context}" in err
+    assert f"run the encode_tokens stage again with context {context}" in err
 
 
 def test_samples_are_text_of_the_tokenizer(project, capsys):

@@ -78,6 +78,12 @@ def test_tokens_and_rates_follow_the_batch():
     )
 
 
+def test_ranks_that_do_not_divide_the_smallest_step_are_told_which_would():
+    plan = plan_of(batch_ramp=(0.5, 1.0))
+    with pytest.raises(UserError, match="2 rows, 4 ranks; use 1, 2 ranks"):
+        plan.micro_rows(RUNTIME, torch.device("cpu"), 4)
+
+
 def test_shorter_rows_hold_the_same_ids(tmp_path):
     """(rows, T) read as (rows * pieces, T / pieces), inputs and targets alike."""
     seen = []
