@@ -219,7 +219,7 @@ class Model(Family):
         return rope_tables(start, n, head, ROPE_THETA, x.device, dtype)
 
     def logits(self, y: Tensor) -> Tensor:
-        """y (B, n, d) -> logits (B, n, V) in fp32, in fp64 for fp64 weights."""
+        """y (..., d) -> logits (..., V) in fp32, in fp64 for fp64 weights."""
         z = F.linear(y, self.head_weight)
         return z if z.dtype == torch.float64 else z.float()
 
@@ -231,7 +231,19 @@ class Model(Family):
     # ------------------------------------------------------------ using it
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, n) int64 -> logits (B, n, V) of the last step, and the state.
+        """tokens (B, n) int64 -> logits (B, n, V) of the last step, and the state."""
+        y, state = self.think(tokens, state)
+        return self.logits(y), state
+
+    def logits_at(
+        self, tokens: Tensor, where: Tensor, state: State | None = None, keep: bool = True
+    ) -> tuple[Tensor, State]:
+        """Logits (N, V) of the marked positions (B, n) alone: a small d makes the head dear."""
+        y, state = self.think(tokens, state)
+        return self.logits(y[where]), state
+
+    def think(self, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """tokens (B, n) -> y (B, n, d) after the last step, and the state.
 
         UserError for a state of another depth, or for positions beyond the context.
         """
@@ -257,7 +269,7 @@ class Model(Family):
                 self._thought[0] += going_on if s < self.depth else 0
         self._thought[0] += tokens.numel() * (1 if self._tau else self.depth)
         self._thought[1] += tokens.numel()
-        return self.logits(y), tape.ended(start + n, self.depth)
+        return y, tape.ended(start + n, self.depth)
 
     def _require_room(self, positions: int) -> None:
         if positions > self.config.context:

@@ -478,6 +478,17 @@ def test_the_cache_is_exact_at_every_depth(config):
 
 
 @torch.no_grad()
+def test_the_head_runs_on_the_marked_positions_alone(monkeypatch):
+    """16,000 words on a width of 256: the head is a fifth of a token, and an answer has few ids."""
+    model, seen, whole = make(SMALL, stir=0.3), [], trm.Model.logits
+    monkeypatch.setattr(model, "logits", lambda y: seen.append(tuple(y.shape)) or whole(model, y))
+    where = torch.zeros(2, T, dtype=torch.bool)
+    where[:, -2:] = True
+    model.logits_at(ids(), where)
+    assert seen == [(4, SMALL.width)]
+
+
+@torch.no_grad()
 def test_a_state_is_of_one_depth():
     model = make(SMALL).eval()
     _, state = model(ids())
