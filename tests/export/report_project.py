@@ -10,11 +10,11 @@ from lib.core import artifact, files
 from lib.core.artifact import Manifest
 
 RUNS = {  # run -> family, encoding, overlay (a twin), final bpb or None (not measured)
+    "ja_twin": ("gpt", "spm", {"heads": 2}, 2.86),
     "gpt": ("gpt", "bpe", None, 1.80),
     "gpt_shallow": ("gpt", "bpe", {"depth": 2}, 1.91),
     "wide": ("gpt", "bpe", {"width": 64}, None),
     "ja": ("gpt", "spm", None, 2.71),
-    "ja_twin": ("gpt", "spm", {"heads": 2}, 2.86),
     "hostile": ("gpt", "bpe", None, 1.95),
 }
 EVIL = "<script>alert('x')</script>\x1b[31m"

@@ -102,6 +102,11 @@ def test_numbers_of_two_texts_are_never_in_one_chart(page):
     assert english and all(" ja" not in c.split(":", 2)[2] for c in english)
 
 
+def test_the_first_familys_text_comes_first(page):
+    """YAML puts what `<<` merges first, so a twin's Japanese table stood above the GPT's."""
+    assert page.index("Validation text en") < page.index("Validation text ja")
+
+
 def test_depth_controls_tasks_and_what_is_missing_are_shown(page):
     for text in (
         "Depth of thought",

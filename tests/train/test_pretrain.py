@@ -287,9 +287,7 @@ def test_a_run_may_begin_with_anothers_weights(trained, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(("context", "told"), [(16, "longer"), (64, "shorter")])
-def test_rows_of_another_length_than_the_models_context_are_refused(
-    project, capsys, context, told
-):
+def test_rows_of_another_length_than_the_models_context_are_refused(project, capsys, context, told):
     """Shorter ones would leave positions that are offered to a user and were never trained."""
     assert pretrain_here("--set", f"model.gpt.context={context}") == 2
     err = capsys.readouterr().err

@@ -102,7 +102,9 @@ def _rank(run: FoundRun) -> tuple[bool, float, str]:
 
 def gather(root: Path, settings: Settings, measured: bool = False) -> Found:
     """Read what is there. InputError for a file that is damaged."""
-    runs = [_run(root, settings, name, measured) for name in settings.families]
+    # What is added, twins above all, stands first in the file and comes after the families here.
+    names = sorted(settings.families, key=lambda name: name in settings.runs)
+    runs = [_run(root, settings, name, measured) for name in names]
     ledgers = {
         path.parent.name: files.read_json(path)
         for path in sorted((root / "data/documents").glob("*/ledger.json"))
