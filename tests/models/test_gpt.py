@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib.core.errors import UserError
 from lib.core.refusal import Refused
-from lib.models import gpt
+from lib.models import _gpt_block, gpt
 from lib.models._gpt_sizes import reference_params, scaling_params
 from lib.models._gpt_training import batch_factor
 from lib.models.base import Optim, build
@@ -97,14 +97,14 @@ def test_published_sizes_and_flops_are_exact_without_allocating():
     assert sum(p.numel() for p in tables) == 150_994_944
 
 
-@pytest.mark.parametrize("variant", ["base", "modern"])
-def test_scaling_parameters_are_those_of_the_module(variant):
+@every_case
+def test_scaling_parameters_are_those_of_the_module(case):
     """The formula stands for depth 12 without building it; it must not drift from the model."""
-    model = meta(Config(variant=variant, depth=4, kv_heads=1), 1_000)
+    model = meta(config_of(case), 1_000)
     counted = [
         p.numel()
         for name, p in model.named_parameters()
-        if variant == "base" or name.startswith(("blocks.", "head."))
+        if model.switches.optim == "base" or name.startswith(("blocks.", "head."))
     ]
     assert model.scaling_params() == sum(counted)
 
@@ -383,6 +383,8 @@ def test_a_new_switch_changes_no_other_tensor():
     )
     own = modern.state_dict()
     assert len(own) > len(base.state_dict())
+    pairs = build(gpt, config_of("bigram"), V, seed=5).state_dict()
+    assert not pairs["pairs.weight"].any(), "as if it were off"
     for name, value in base.state_dict().items():
         assert torch.equal(value, own[name]), name
 
@@ -414,6 +416,20 @@ def test_window_warmup_hides_what_is_far_in_training_alone(case):
         whole = model.token_losses(one.tokens, one.targets).mean()
     assert losses[0] != losses[1]
     assert torch.allclose(losses[1], losses[2]) and torch.allclose(losses[2], whole)
+
+
+def test_reach_and_a_layers_window_both_hold(monkeypatch):
+    """The narrower one: a growing reach may not widen a short layer, nor a window spare a full."""
+    model = make(config_of("base", windows="SL", context=200, depth=2, window_warmup=4))
+    seen, attend = [], _gpt_block.causal_attention
+    monkeypatch.setattr(
+        _gpt_block, "causal_attention",
+        lambda *qkv, window, **rest: seen.append(window) or attend(*qkv, window=window, **rest),
+    )  # fmt: skip
+    one = batch(1, 200)
+    for one.step in range(5):
+        next(iter(model.losses(one)))
+    assert seen == [50, 50, 100, 100, 128, 150, 128, 200, 128, None]
 
 
 def test_windows_hide_what_is_out_of_reach():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ def test_epochs_become_whole_steps():
     assert sized(settings, store).steps == 312  # 2,500 rows, 8 a step
     assert sized(Train(steps=7), store) == Train(steps=7)
     assert sized(Train(epochs=0.001, batch_tokens=2048), store).steps == 1
+    ramped = replace(settings, batch_ramp=(0.5, 1.0))
+    assert sized(ramped, store).steps == 416  # 6 rows a step on the average
 
 
 @pytest.mark.parametrize("changes", [{"steps": 5, "batch_tokens": 2048}, {"batch_tokens": "auto"}])

@@ -108,30 +108,54 @@ def test_shorter_rows_hold_the_same_ids(tmp_path):
             assert np.array_equal(found.numpy().reshape(want.shape), want), f"step {step}"
 
 
-def test_adamw_every_second_step_sees_the_sum_of_both_gradients():
-    """Also in the last step of an odd run, or its gradients would be lost."""
+def test_adamw_is_due_every_nth_step_and_in_the_last():
+    """Or the gradients of an odd run's end would be lost."""
     plan = plan_of(adamw_every=2)
     assert [plan.at(step).adamw for step in range(9)] == [False, True] * 4 + [True]
-    start, draw = torch.randn(3, 2), torch.Generator().manual_seed(1)
-    grads = [torch.randn(3, 2, generator=draw) for _ in range(2)]
+
+
+@pytest.mark.parametrize("passed", [1, 2])
+def test_adamw_sees_the_sum_of_the_gradients_it_passed_over_and_muon_each_of_them(passed):
+    """Moments are compared: AdamW's first step hardly knows a gradient's size."""
+    draw = torch.Generator().manual_seed(1)
+    start = {name: torch.randn(3, 2, generator=draw) for name in ("adam", "muon")}
+    grads = [{n: torch.randn(3, 2, generator=draw) for n in start} for _ in range(passed + 1)]
 
     def optimizer(gathers: bool):
-        p = nn.Parameter(start.clone())
-        return p, build_optimizer([Group(name="all", params={"p": p}, lr=0.1)], gathers=gathers)
+        own = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+        groups = [
+            Group(name="rest", params={"adam": own["adam"]}, lr=0.1),
+            Group(name="matrices", params={"muon": own["muon"]}, lr=0.1, rule="muon"),
+        ]
+        return own, build_optimizer(groups, gathers=gathers)
 
-    (p, gathering), (q, plain) = optimizer(True), optimizer(False)
-    p.grad = grads[0].clone()
-    gathering.step(Multipliers(adamw=False))
-    assert torch.equal(p, start)
+    def step(own, optimizer, grads, due=True):
+        for name, grad in grads.items():
+            own[name].grad = grad.clone()
+        optimizer.step(Multipliers(adamw=due))
+
+    (own, gathering), (plain_own, plain) = optimizer(True), optimizer(False)
+    for grad in grads[:-1]:
+        step(own, gathering, grad, due=False)
+        step(plain_own, plain, {"muon": grad["muon"]})
+    assert torch.equal(own["adam"], start["adam"])
     (again, resumed) = optimizer(True)
+    for name, parameter in again.items():
+        parameter.data.copy_(own[name])
     resumed.load_state_tensors({n: t.clone() for n, t in gathering.state_tensors().items()})
-    for one, holder in ((p, gathering), (again, resumed)):
-        one.grad = grads[1].clone()
-        holder.step(Multipliers())
-    q.grad = grads[0] + grads[1]
-    plain.step(Multipliers())
-    assert torch.equal(p, q) and torch.equal(again, q)
-    assert not gathering.state_tensors()["p.gathered"].any()
+    step(own, gathering, grads[-1])
+    step(again, resumed, grads[-1])
+    total = grads[0]["adam"].clone()
+    for grad in grads[1:]:  # in the order of the steps, for the bits
+        total += grad["adam"]
+    step(plain_own, plain, {"adam": total, "muon": grads[-1]["muon"]})
+    wanted, found = plain.state_tensors(), gathering.state_tensors()
+    assert not found.pop("adam.gathered").any()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+        assert torch.equal(resumed.state_tensors()[name], tensor), name
+    for name, parameter in plain_own.items():
+        assert torch.equal(own[name], parameter) and torch.equal(again[name], parameter), name
 
 
 @pytest.mark.parametrize(
