@@ -8,8 +8,9 @@ Not here: vocab_pad, which changes nothing where 64 divides the vocabulary, and 
 Time is CPU seconds of 2,048 tokens with one thread, which other work hardly changes: the median of
 the steps, or their mean where steps differ from each other.
 
-    python -m benchmarks.ablation --out ablation.jsonl          # what is missing, then a table
-    python -m benchmarks.ablation --out ablation.jsonl --table  # the table alone
+    python -m benchmarks.ablation --out ablation.jsonl           # what is missing, then a table
+    python -m benchmarks.ablation --out ablation.jsonl --table   # the table alone
+    python -m benchmarks.ablation --out ablation.jsonl --depth 8 # width by the dial, 64 a layer
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, default=Path("data/tokens/bpe.manifest.json"))
     parser.add_argument("--tokenizer", type=Path, default=Path("data/tokenizers/bpe"))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--depth", type=int, help="a size of the dial, not the small one")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="of what is there, run nothing")
@@ -86,27 +88,31 @@ def main() -> None:
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if (
         arguments.out.exists()
     ) else []  # fmt: skip
+    depth, steps = arguments.depth, arguments.steps
+    done = [r for r in done if (r.get("depth"), r["steps"]) == (depth, steps)]
     if not arguments.table:
-        known = {(r["row"], r["seed"], r["steps"]) for r in done}
+        size = SIZE if depth is None else {"depth": depth, "context": SIZE["context"]}
+        known = {(r["row"], r["seed"]) for r in done}
         log = AppendLog(arguments.out)
-        for name, seed in missing(arguments.rows, arguments.seeds, known, arguments.steps):
+        for name, seed in missing(arguments.rows, arguments.seeds, known):
             data = Data.open(arguments.tokens, arguments.tokenizer, seed, full=False)
-            found = {"row": name, "seed": seed, **measure(data, ROWS[name], seed, arguments.steps)}
+            found = {"row": name, "seed": seed, **measure(data, ROWS[name], seed, steps, size)}
+            found |= {} if depth is None else {"depth": depth}
             log.append(found)
             log.sync()
             done.append(found)
             print(f"{name}, seed {seed}: BPB {found['bpb']:.4f}", flush=True)
-    print("\n".join(table([r for r in done if r["steps"] == arguments.steps])))
+    print("\n".join(table(done)))
 
 
 def missing(
-    rows: list[str], seeds: list[int], known: set[tuple[str, int, int]], steps: int
+    rows: list[str], seeds: list[int], known: set[tuple[str, int]]
 ) -> Iterator[tuple[str, int]]:
     """(row, seed) of every run without a line, row by row."""
-    return ((n, s) for n in rows for s in seeds if (n, s, steps) not in known)
+    return ((n, s) for n in rows for s in seeds if (n, s) not in known)
 
 
-def measure(data: Data, row: Row, seed: int, steps: int) -> dict[str, Any]:
+def measure(data: Data, row: Row, seed: int, steps: int, size: dict[str, int]) -> dict[str, Any]:
     """One whole run through the trainer: its last BPB, its size, CPU seconds of a step."""
     cpu = torch.device("cpu")
     dtype = compute_dtype("auto", cpu)
@@ -114,7 +120,7 @@ def measure(data: Data, row: Row, seed: int, steps: int) -> dict[str, Any]:
         **{"steps": steps, "batch_tokens": BATCH_TOKENS, "eval_every": 0,
            "eval_bytes": EVAL_BYTES, **row.train}
     )  # fmt: skip
-    model = build(gpt, gpt.Config(**(SIZE | row.model)), data.store.vocab_size, seed=seed)
+    model = build(gpt, gpt.Config(**(size | row.model)), data.store.vocab_size, seed=seed)
     loaders: list[TimedLoader] = []
 
     def rows(plan: Any) -> TimedLoader:

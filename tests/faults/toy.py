@@ -33,8 +33,8 @@ from lib.models import families
 from tests.conftest import ROOT
 from tests.faults.crash import enumerate_crashes, in_child, tree
 
-CONTEXT, LIMIT = 16, 64  # of rows; of models, whose samples are longer
-MODELS = {"gpt": {"depth": 1, "width": 16, "heads": 2, "context": LIMIT}}
+CONTEXT = 64  # of rows and models; samples take most of it
+MODELS = {"gpt": {"depth": 1, "width": 16, "heads": 2, "context": CONTEXT}}
 DATA = """
 profile: small
 seed: 7
@@ -48,7 +48,7 @@ train_tokenizer:
   bpe: {kind: bpe, documents: notes, vocab_size: 300}
   spm: {kind: sentencepiece, documents: notes, vocab_size: 340, sample_bytes: 100000}
 encode_tokens:
-  bpe: {documents: notes, tokenizer: bpe, context: 16, crop: requeue}
+  bpe: {documents: notes, tokenizer: bpe, context: CONTEXT, crop: requeue}
 profiles:
   small: {}
 runtime: {workers: 1, threads: 1, device: cpu, checkpoint_every_steps: 1, device_batch_size: 2}
@@ -106,14 +106,16 @@ def params_text() -> str:
     sizes = {name: MODELS.get(name) or _contract_size(name) for name in families()}
     runs = {run: TRAIN | {"family": family} for run, family in RUNS.items()}
     sections = {**SECTIONS, "train": runs, "model": sizes}
-    return DATA + "".join(f"{name}: {json.dumps(value)}\n" for name, value in sections.items())
+    return DATA.replace("CONTEXT", str(CONTEXT)) + "".join(
+        f"{name}: {json.dumps(value)}\n" for name, value in sections.items()
+    )
 
 
 def _contract_size(family: str) -> dict:
     from tests.test_family_contract import TINY
 
     size = dict(TINY.get(family, [{}])[0])
-    return size | ({"context": LIMIT} if "context" in size else {})
+    return size | ({"context": CONTEXT} if "context" in size else {})
 
 
 def write_project(project: Path) -> None:
