@@ -20,6 +20,7 @@ from lib.eval.core import Exam
 from lib.eval.prompts import make_examples
 from lib.models import families, load_family
 from lib.models.base import Family, build
+from tests.conftest import HANG_S
 from tests.data.texts import english
 from tests.standins import ByteTokenizer, Causal
 from tests.test_family_contract import TINY
@@ -353,7 +354,7 @@ class Adder:
 
     def add(self, rank: int, part: np.ndarray) -> np.ndarray:
         self.parts[rank] = part
-        self.barrier.wait(30)
+        self.barrier.wait(HANG_S)
         total = np.sum(self.parts, axis=0)
-        self.barrier.wait(30)
+        self.barrier.wait(HANG_S)
         return total
