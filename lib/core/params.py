@@ -44,9 +44,9 @@ def load(root: Path = Path(), overrides: Sequence[str] = ()) -> Settings:
     raw = read_yaml(path)
     local = read_yaml(root / LOCAL) if (root / LOCAL).is_file() else {}
     raise_all(_unknown(local, ("runtime",), "", LOCAL))
-    profiles = raw.get("profiles") or {}
+    profiles = _profiles(raw, path)
     active = raw.get("profile")
-    if active not in profiles:
+    if not isinstance(active, str) or active not in profiles:
         names = ", ".join(sorted(profiles))
         raise UserError("unknown profile", file=path, value=active, remedy=f"choose one of {names}")
     errors: dict[str, KumikiError] = {}
@@ -62,6 +62,17 @@ def load(root: Path = Path(), overrides: Sequence[str] = ()) -> Settings:
     raise_all(list(errors.values()))
     assert chosen is not None
     return chosen
+
+
+def _profiles(raw: Mapping, path: Path) -> Mapping[str, Any]:
+    """The overlays by name, before anything is laid over anything."""
+    found = raw.get("profiles") or {}
+    overlays = found if isinstance(found, Mapping) else {"profiles": found}
+    for name, overlay in overlays.items():
+        if not isinstance(name, str) or not isinstance(overlay or {}, Mapping):
+            value, remedy = f"{name}: {overlay}", "write a name and a mapping, as small: {}"
+            raise UserError("wrong profile", file=path, value=value, remedy=remedy)
+    return found
 
 
 def resolve(raw: dict, profile: str, *last: dict) -> tuple[Settings | None, list[Problem]]:

@@ -354,7 +354,7 @@ def _strings(column: pa.Array) -> list[str | Rejected | None]:
 def _parquet_errors(shard: Shard) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # a name that is no UTF-8
         if isinstance(error, OSError) and error.errno is not None:
             raise
         cause = f"column {shard.field}: {error}"

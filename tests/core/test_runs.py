@@ -120,6 +120,9 @@ MISTAKES = [
         "unknown family in {}: train.second.family; did you mean gpt?",
     ),
     ("  gpt: {depth: 6", "  gtp: {depth: 6", "unknown family in {}: model.gtp; did you mean gpt?"),
+    ("profile: small", "profile: [small]", "unknown profile in {}: ['small']; choose one of large"),
+    ("  small: {}", "  small: {}\n  7: {}", "wrong profile in {}: 7: {{}}; write a name"),
+    ("  small: {}", "  small: text", "wrong profile in {}: small: text; write a name"),
     ("steps: 9", "tokens: bep, steps: 9", "runs.mine.tokens is bep; choose nothing"),
     ("steps: 9", "ema_decay: 1.0, steps: 9", "runs.mine.ema_decay is 1.0; use 0 <= x < 1"),
 ]

@@ -442,6 +442,14 @@ def test_d05_parquet_without_texts_is_refused(tmp_path, columns, found):
     assert found in str(caught.value)
 
 
+def test_d05_a_column_whose_name_is_no_text_is_named(tmp_path):
+    """Fuzzing found it: the library lets the decoder's own error out."""
+    path = write_parquet(tmp_path / "d.parquet", {"text": ["a"], "beside": ["b"]})
+    path.write_bytes(path.read_bytes().replace(b"beside", b"besid\x80"))
+    with pytest.raises(InputError, match=r"d\.parquet: column text"):
+        read(shard(path, "parquet"))
+
+
 def test_d05_parquet_damage_is_named(tmp_path):
     """Cuts anywhere and flips in checksummed pages: refused, never another text."""
     texts = [f"document {i} " * 20 for i in range(200)]
