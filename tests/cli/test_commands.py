@@ -201,6 +201,20 @@ def test_doctor_passes_for_small_and_fails_on_a_broken_kernel(kumiki, monkeypatc
     assert "kernel scan" in err and "reference" in err
 
 
+def test_doctor_fails_where_triton_is_wished_for_and_cannot_run(kumiki, project):
+    """phase7.md 12.17; training with the same wish stops with exit 2 (test_dispatch)."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("here it can run")
+    (project / ".kumiki.yaml").write_text("runtime: {kernels: triton}\n")
+    code, out, err = kumiki("doctor", "--json")
+    failed = [row for row in json.loads(out)["rows"] if row["state"] == "fail"]
+    assert code == 4 and not json.loads(out)["ok"]
+    assert failed and all("reference" in row["remedy"] for row in failed), failed
+    assert "triton" in err or "kernel" in err
+
+
 def test_doctor_full_keeps_rates_and_judges_the_model(kumiki, monkeypatch):
     from lib.cli import checkup, selfcheck
 
@@ -529,6 +543,28 @@ def test_two_families_are_measured_side_by_side(kumiki, project, monkeypatch):
     rows = [{"run": r, "context": c, "step_s": s, "tokens": 1} for r, c, s in
             (("a", 16, 1.0), ("a", 32, 3.0), ("b", 16, 2.0), ("b", 32, 2.0))]  # fmt: skip
     assert bench.crossover(rows, "a", "b") == ["b is faster than a from a context of 32"]
+
+
+def test_largest_is_the_deepest_model_that_fits(kumiki, project, monkeypatch):
+    """Bisection ends where one block more does not fit; a trial is a process with a budget."""
+    from lib.cli import bench_trials
+
+    real, tried = bench_trials._trial, {}
+
+    def fits_up_to_five(trial, depth, budget):
+        tried[depth] = depth <= 5
+        return {"fits": tried[depth], "parameters": 100 * depth, "peak_bytes": depth}
+
+    monkeypatch.setattr(bench_trials, "_trial", fits_up_to_five)
+    code, out, _ = kumiki("bench", "gpt", "--largest", "--budget", "1", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["depth"] == 5 and found["measured"] and tried[6] is False
+    monkeypatch.setattr(bench_trials, "_trial", lambda trial, depth, budget: {"fits": False})
+    code, _, err = kumiki("bench", "gpt", "--largest", "--budget", "1")
+    assert code == 4 and "not even one block" in err
+    monkeypatch.chdir(project)
+    trial = bench_trials.trial_of(params.load(), "gpt")
+    assert real(trial, 1, 50e9)["fits"] and not real(trial, 1, 1e6)["fits"]
 
 
 def test_a_frozen_gradient_is_told(kumiki, monkeypatch):

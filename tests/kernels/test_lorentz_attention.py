@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lib.kernels.lorentz_attention import lorentz_attention, reference
+from lib.nn.lorentz import bound as bounded
+from lib.nn.lorentz import bound_factor
 from tests import golden
 
 F64 = torch.float64
@@ -123,7 +125,7 @@ def test_u_is_a_distance():
     c, beta = torch.tensor([0.7], dtype=F64), torch.ones(1, dtype=F64)
     none = torch.zeros(6, 6, dtype=torch.bool)
     s = reference._Scores(q, k, c, beta, none).values
-    assert (s <= 0).all()
+    assert (s < 0).all(), "no key is its query"
     assert (
         reference._Scores(q, q, c, beta, none).values.diagonal(dim1=-2, dim2=-1).abs().max() < 1e-12
     )
@@ -141,16 +143,20 @@ def test_u_is_a_distance():
 
 
 def test_small_curvature_is_the_euclidean_limit():
-    """Mean relative difference of scores at D 64: below 1 % at c 1e-3, ten times less at 1e-4."""
-    q, k = draw(1, 1, 50, 64), draw(1, 1, 50, 64, seed=1)
+    """Mean relative difference of scores at D 64: below 1 % at c 1e-3, ten times less at 1e-4.
+
+    Of points as the model has them, seen 0.85 %; without the bound of their radius 1.07 %.
+    """
+    kappa = bound_factor(64, 4.0, 1.0)
+    q, k = (bounded(draw(1, 1, 50, 64, seed=seed), kappa) for seed in (0, 1))
     beta, none = torch.ones(1, dtype=F64), torch.zeros(50, 50, dtype=torch.bool)
     flat = reference._Scores(q, k, None, beta, none).values
     errors = []
     for c in (1e-3, 1e-4):
         s = reference._Scores(q, k, torch.tensor([c], dtype=F64), beta, none).values
         errors.append(float(((s - flat).abs() / flat.abs()).mean()))
-    assert errors[0] < 0.011, errors
-    assert errors[1] < errors[0] / 8, errors
+    assert errors[0] < 0.01, errors
+    assert errors[1] < errors[0] / 9.5, errors
 
 
 def test_series_and_root_meet():

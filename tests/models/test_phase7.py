@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +92,8 @@ def test_presets_have_the_parameters_of_their_names(profile):
             model = family.Model(config, vocab)
         model.vocab_size = vocab
         assert sum(p.numel() for p in model.parameters()) == count
+        if named := re.search(r"(\d)p(\d)b", profile):
+            assert count == pytest.approx(float(".".join(named.groups())) * 1e9, rel=0.02)
         if profile == "phase7_1p5b" and name == "phase7":
             assert model.flops_per_token(1024) == pytest.approx(9.8e9, rel=0.01)
 
@@ -151,6 +154,8 @@ MODES: list[tuple[str, Any]] = [
     ("phase7", replace(SMALL, geometry="dot", window=T)),
     ("phase7", replace(SMALL, values="centroid", window=T)),
     ("phase7", replace(SMALL, ssm=False, embedding="dense")),
+    ("phase7", replace(SMALL, window=1, embedding="lowrank", tt_order="random")),
+    ("phase7", replace(SMALL, tt_phase=True, rank=Rank(target=None))),
     ("phase8", phase8()),
     ("phase8", phase8(depth=1)),
     ("phase8", phase8(depth=3)),
@@ -191,15 +196,15 @@ def test_decoding_equals_the_full_forward(name, config, size):
 def test_the_states_size_is_constant_and_the_context_a_limit(name):
     config = SMALL if name == "phase7" else phase8()
     model = stirred(config, name)
-    sizes = []
-    for n in (10, T):  # 2 W, and beyond
-        _, state = model(ids(1, n))
-        sizes.append(sum(x.numel() for layer in state.layers for x in layer))
-    assert sizes[0] == sizes[1]
+    _, state = model(ids(1, T))
     with pytest.raises(ValueError, match="beyond_context"):
         model(ids(1, 1), state)
     free = stirred(replace(config, beyond_context=True), name)
-    _, state = free(ids(1, T))
+    sizes = []
+    for n in (10, 50):  # 2 W and 10 W, which is more than the context
+        _, state = free(ids(1, n))
+        sizes.append(sum(x.numel() for layer in state.layers for x in layer))
+    assert sizes[0] == sizes[1]
     assert free(ids(1, 1), state)[0].shape == (1, 1, V)
     assert free.max_context is None
 
@@ -215,6 +220,27 @@ def test_every_parameter_has_a_gradient_after_one_step(name, config):
     for parameter_name, p in model.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all(), parameter_name
         assert p.grad.abs().sum() > 0, parameter_name
+
+
+@pytest.mark.parametrize(("profile", "rows"), [("small", 2), ("phase7_small", 1)])
+@pytest.mark.parametrize("run", ["phase7", "phase7_euclid", "phase7_transformer", "phase8"])
+def test_every_parameter_of_presets_and_twins_has_a_gradient(profile, run, rows):
+    """As shipped, K, V and U among them; larger presets differ in their numbers alone."""
+    from lib.core.params import read_yaml, resolve
+
+    settings, _ = resolve(read_yaml(ROOT / "params.yaml"), profile)
+    assert settings is not None
+    section, vocab = settings.train[run], PRESETS[profile][0]
+    family = load_family(section.family or run)
+    config = family.Config(**_plain(section.model))
+    model = build(family, config, vocab, seed=1)
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocab, (rows, 65), generator=draw)
+    one = SimpleNamespace(tokens=tokens[:, :-1], targets=tokens[:, 1:], step=0)
+    assert abs(backward(model, one) - math.log(vocab)) < 0.25
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().sum() > 0, name
 
 
 def test_groups_have_their_rates():

@@ -80,6 +80,13 @@ def test_cosine_and_linear_follow_their_formulas():
     assert cosine.lr(0) == linear.lr(0) == pytest.approx(0.1), "the first step is not at full rate"
 
 
+def test_the_rates_of_a_guide_are_those_of_the_log():
+    """3e-4 after 2,000 steps of warm-up, a tenth at the end; step n of the log is update n - 1."""
+    rates = make_schedule("cosine", 30_000, warmup=2000, final=0.1)
+    told = [f"{3e-4 * rates.lr(n - 1):.2e}" for n in (1, 1000, 2000, 30_000)]
+    assert told == ["1.50e-07", "1.50e-04", "3.00e-04", "3.00e-05"]
+
+
 def test_bad_schedules_are_refused_with_a_remedy():
     for name, steps, warmup in (("cosin", 10, 0), ("cosine", 0, 0), ("linear", 10, 11)):
         with pytest.raises(UserError, match=r"; (choose|use|at most)"):
