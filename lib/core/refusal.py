@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+Check = tuple[bool, str, object, str]  # is wrong, key, value, remedy
+
 
 class Refused(ValueError):
     """Contradictions found in one dataclass: a list of (key, value, remedy)."""
@@ -11,8 +13,8 @@ class Refused(ValueError):
         super().__init__("; ".join(f"{key}: {value}; {remedy}" for key, value, remedy in problems))
 
 
-def refuse(*checks: tuple[bool, str, object, str]) -> None:
-    """Raise `Refused` with every (bad, key, value, remedy) whose first element is true."""
+def refuse(*checks: Check) -> None:
+    """Raise `Refused` with every check whose first element is true."""
     problems = [(key, value, remedy) for bad, key, value, remedy in checks if bad]
     if problems:
         raise Refused(problems)

@@ -7,7 +7,7 @@ each file of lib/models. Everything but `runtime` is identity: it enters fingerp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from lib.core.data_settings import (
     Gpt2Tokenizer,
     Tokenizer,
 )
-from lib.core.refusal import refuse
+from lib.core.refusal import Check, refuse
 from lib.core.run_settings import Eval, Export, Runtime, Train
 
 
@@ -45,88 +45,44 @@ class Settings:
     export: Export = field(default_factory=Export)
 
     def __post_init__(self) -> None:
+        refuse(*self._names())
+
+    def _names(self) -> Iterator[Check]:
+        """Names that other sections declare: (is wrong, key, value, remedy) of each."""
         sources, recipes = self.download_shards.sources, self.extract_texts.recipes
+        text = {n for n, s in sources.items() if not isinstance(s, FilesSource | ArchiveSource)}
+        for r, recipe in recipes.items():
+            for s in recipe.sources:
+                key = f"extract_texts.recipes.{r}.sources.{s}"
+                yield s not in text, key, s, f"choose {_one_of(text)}"
         used = {name for recipe in recipes.values() for name in recipe.sources}
         used |= {getattr(t, "source", None) for t in self.train_tokenizer.values()}
-        text = {n for n, s in sources.items() if not isinstance(s, FilesSource | ArchiveSource)}
-        maker: dict[str | None, str] = {n: e.tokenizer for n, e in self.encode_tokens.items()}
-        refuse(
-            *(
-                (
-                    s not in text,
-                    f"extract_texts.recipes.{r}.sources.{s}",
-                    s,
-                    f"choose {_one_of(text)}",
-                )
-                for r, recipe in recipes.items()
-                for s in recipe.sources
-            ),
-            *(
-                (
-                    name not in used and not isinstance(source, ArchiveSource),
-                    f"download_shards.sources.{name}",
-                    "in no recipe",
-                    "name it in extract_texts.recipes, or remove it",
-                )
-                for name, source in sources.items()
-            ),
-            *(
-                (
-                    t.documents not in recipes,
-                    f"train_tokenizer.{n}.documents",
-                    t.documents,
-                    f"choose {_one_of(recipes)}",
-                )
-                for n, t in self.train_tokenizer.items()
-            ),
-            *(
-                (
-                    isinstance(t, Gpt2Tokenizer)
-                    and t.source is not None
-                    and t.source not in sources,
-                    f"train_tokenizer.{n}.source",
-                    getattr(t, "source", None),
-                    f"choose {_one_of(sources)}",
-                )
-                for n, t in self.train_tokenizer.items()
-            ),
-            *(
-                (
-                    e.documents not in recipes,
-                    f"encode_tokens.{n}.documents",
-                    e.documents,
-                    f"choose {_one_of(recipes)}",
-                )
-                for n, e in self.encode_tokens.items()
-            ),
-            *(
-                (
-                    e.tokenizer not in self.train_tokenizer,
-                    f"encode_tokens.{n}.tokenizer",
-                    e.tokenizer,
-                    f"choose {_one_of(self.train_tokenizer)}",
-                )
-                for n, e in self.encode_tokens.items()
-            ),
-            *(
-                (
-                    t.tokens is not None and t.tokens not in self.encode_tokens,
-                    f"train.{n}.tokens",
-                    t.tokens,
-                    f"choose {_one_of(self.encode_tokens)}",
-                )
-                for n, t in self.train.items()
-            ),
-            *(  # a template of dvc.yaml reaches no further than the line of the run
-                (
-                    maker.get(t.tokens, t.tokens) != t.tokens,
-                    f"runs.{n}.tokens",
-                    t.tokens,
-                    f"give the encoding its tokenizer's name, {maker.get(t.tokens)}",
-                )
-                for n, t in self.runs.items()
-            ),
-        )
+        for n, source in sources.items():
+            idle = n not in used and not isinstance(source, ArchiveSource)
+            remedy = "name it in extract_texts.recipes, or remove it"
+            yield idle, f"download_shards.sources.{n}", "in no recipe", remedy
+        for n, t in self.train_tokenizer.items():
+            key = f"train_tokenizer.{n}"
+            yield from _unless_among(recipes, f"{key}.documents", t.documents)
+            if isinstance(t, Gpt2Tokenizer) and t.source is not None:
+                yield from _unless_among(sources, f"{key}.source", t.source)
+        for n, e in self.encode_tokens.items():
+            yield from _unless_among(recipes, f"encode_tokens.{n}.documents", e.documents)
+            yield from _unless_among(
+                self.train_tokenizer, f"encode_tokens.{n}.tokenizer", e.tokenizer
+            )
+        for n, run in self.train.items():
+            if run.tokens is not None:
+                yield from _unless_among(self.encode_tokens, f"train.{n}.tokens", run.tokens)
+        for n, run in self.runs.items():  # a template of dvc.yaml reaches no further than its line
+            encoding = self.encode_tokens.get(run.tokens or "")
+            if encoding is not None and encoding.tokenizer != run.tokens:
+                remedy = f"give the encoding its tokenizer's name, {encoding.tokenizer}"
+                yield True, f"runs.{n}.tokens", run.tokens, remedy
+
+
+def _unless_among(names: Collection[str], key: str, value: str) -> Iterator[Check]:
+    yield value not in names, key, value, f"choose {_one_of(names)}"
 
 
 def _one_of(names) -> str:
