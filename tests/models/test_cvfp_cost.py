@@ -1,4 +1,4 @@
-"""CVFP: sweeps take the memory that was planned, whatever the length of the stream (cvfp.md 15)."""
+"""CVFP: memory as planned whatever the length of the stream, rates against a floor (cvfp.md 15)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def test_six_layers_of_width_768_stay_below_eight_gigabytes(tmp_path):
     """Two chunks of a million tokens, each as in the original's whole job."""
     peak, planned = peak_and_plan(2_000_000, 768, 50_257, 1_000_000, tmp_path / "wide")
     assert peak < 8e9 and peak < 1.15 * planned, (peak, planned)
+
+
+def test_the_benchmark_has_three_rates_and_a_floor_that_fails():
+    """No machine reaches twice its own matmul bound, so each is named."""
+    words = ["rates", "--tokens=1024", "--turns=1", "--threads=1", "--dtype=fp32", "--floor=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cvfp", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    for name in ("no learning", "kept", "two passes"):
+        assert f"{name}: " in done.stdout and f"{name} 0." in done.stderr, done.stderr
 
 
 def child(tokens: int, width: int, vocab: int, chunk: int, folder: Path) -> None:
