@@ -190,3 +190,11 @@ def test_moments_of_a_byte_round_narrow_weights_and_resume(tmp_path):
     with pytest.raises(Interrupted):
         run_narrow(tmp_path / "w", "phase7", settings, stop=Stop(2))
     assert same(run_narrow(tmp_path / "w", "phase7", settings), whole)
+    w = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))  # its moments are coded
+    group = {"lr": 2**-12, "betas": (0.0, 0.0), "eps": 1e-12, "weight_decay": 0.0}
+    coded = Group(name="g", params={"w": w}, rule="adamw8bit", **group)
+    rule = Optimizer([coded], rounding=Rounding(1, weights=frozenset({"w"})))
+    for _ in range(64):
+        w.grad = torch.ones_like(w)
+        rule.step(Multipliers())
+    assert abs(1 - float(w.detach().float().mean()) - 64 * 2**-12) < 4e-4
