@@ -11,14 +11,14 @@ from lib.kernels.cvfp_epilogue.reference import cvfp_epilogue as _reference
 MAX_WIDTH = 8_192
 
 
-def runs(z: Tensor) -> bool:
-    """Whether the kernel would run on rows like z (n, d)."""
-    limit = "" if z.shape[1] <= MAX_WIDTH else f"width {z.shape[1]}"
-    return decide("cvfp_epilogue", z.device, z.dtype, limit)
+def runs(P: Tensor) -> bool:
+    """Whether the kernel would run on products like P (n, d), beside a state in fp32."""
+    limit = "" if P.shape[1] <= MAX_WIDTH else f"width {P.shape[1]}"
+    return decide("cvfp_epilogue", P.device, P.dtype, limit)
 
 
 def cvfp_epilogue(P: Tensor, z: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """z' (n, d) in z's dtype; P, z (n, d); gamma, beta (d,).
+    """z' (n, d) in z's dtype; P, z (n, d); gamma, beta (d,). P may be narrower than the state z.
 
     P is z A' + B e + b: the token's side joins in the product's own addition, which reads it once
     anyway, so no table is looked up here and none needs a gradient.
@@ -28,6 +28,6 @@ def cvfp_epilogue(P: Tensor, z: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         named = (("P", P), ("z", z), ("gamma", gamma), ("beta", beta))
         raise ValueError("do not fit: " + ", ".join(f"{n} {tuple(x.shape)}" for n, x in named))
     with torch.autocast(z.device.type, enabled=False):
-        if runs(z):
+        if runs(P):
             return torch.ops.kumiki.cvfp_epilogue(P, z, gamma, beta)[0]
         return _reference(P, z, gamma, beta)

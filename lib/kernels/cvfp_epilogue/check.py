@@ -7,9 +7,9 @@ from lib.kernels.cvfp_epilogue import cvfp_epilogue
 
 
 def make(draw: Draw, n: int, d: int) -> Case:
-    """n rows of width d."""
+    """n rows of width d: a product in the compute type, a state that is wide, as in training."""
     gamma, beta = draw.wide(d, mean=1.0, std=0.3), draw.wide(d, std=0.3)
-    return Case({"P": draw.half(n, d), "z": draw.half(n, d), "gamma": gamma, "beta": beta}, {})
+    return Case({"P": draw.half(n, d), "z": draw.wide(n, d), "gamma": gamma, "beta": beta}, {})
 
 
 OPERATOR = Operator(

@@ -31,7 +31,7 @@ def one_step(c: Tensor, P: Sequence[Tensor], weights: Weights, *, owned: bool = 
     narrow = weights.narrow(P[0].dtype)
     flat = [*P, *weights.A, *weights.gain, *weights.offset]
     with torch.autocast(c.device.type, enabled=False):
-        if not weights.gelu and epilogue_runs(c.to(wide)):
+        if not weights.gelu and epilogue_runs(P[0]):
             return _by_kernel(c.to(wide), P, weights)
         if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
             return _OneStep.apply(c.to(wide), weights.gelu, owned, narrow, *flat)  # type: ignore[return-value]  # a tensor
