@@ -77,8 +77,9 @@ def test_a_stage_depends_on_every_file_of_its_kernels():
 def wanted_parameters(name: str) -> set[str]:
     """What dvc.yaml should track for a stage: its sections, and the profile's overlay of each.
 
-    An added run tracks whole sections, since a profile need not say anything of it and a twin
-    starts from its family's own run; what is equal then is published again in seconds.
+    An added item (tokenizer, encoding, run) tracks whole sections of the profile, which need not
+    say anything of it; a twin starts from its family's own run. What is equal then is published
+    again in seconds.
     """
     body, stage = STAGES[name], declared(name)
     words = body["cmd"].split()
@@ -86,7 +87,8 @@ def wanted_parameters(name: str) -> set[str]:
     if name != "train":
         family = (RAW["train"].get(item) or {}).get("family") or item
         sections = {s.replace("{name}", item).replace("{family}", family) for s in stage.sections}
-        return sections | {f"profiles.${{profile}}.{s}" for s in sections - WITHOUT_OVERLAY}
+        overlays = {s.removesuffix(".${key}") for s in sections - WITHOUT_OVERLAY}
+        return sections | {f"profiles.${{profile}}.{s}" for s in overlays}
     overlays = {f"profiles.${{profile}}.{s}" for s in ("train", "runs", "model")}
     return {"seed", "train", "runs.${key}", "model.${item.family}"} | overlays
 

@@ -76,8 +76,6 @@ def test_every_overlay_has_every_tracked_key(profile):
     """DVC finds a missing one only when the stage starts, and `--dry` passes."""
     overlay = RAW["profiles"][profile]
     assert set(overlay) >= {"download_shards", "extract_texts", "train_tokenizer", "encode_tokens"}
-    assert set(overlay["train_tokenizer"]) == set(RAW["train_tokenizer"])
-    assert set(overlay["encode_tokens"]) == set(RAW["encode_tokens"])
 
 
 def test_the_published_figures_stand_in_their_profiles():
@@ -159,7 +157,7 @@ SLIPS = {
     "encoding's tokenizer": ("tokenizer: bpe", "tokenizer: bpee", "choose one of bpe, spm"),
     "a run's tokenizer": ("tokenizer: spm", "tokenizer: bpe", "its tokenizer's name, bpe"),
     "overlay": ("shards: 240", "shard: 240", "profiles.nanochat_d20.download_shards"),
-    "overlay section": ("    encode_tokens: &none_encodings", "    encode_token: &none_encodings",
+    "overlay section": ("    encode_tokens: {}", "    encode_token: {}",
                         "profiles.small.encode_token; did you mean"),
     "runtime": ("workers: 2  ", "worker: 2  ", "runtime.worker; did you mean"),
     "type": ("seed: 1234", "seed: '1234'", "give an integer"),

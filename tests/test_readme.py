@@ -50,8 +50,9 @@ def test_every_make_target_and_stage_exists():
     stages, runs = dag.stages_of(ROOT), params.read_yaml(ROOT / "params.yaml")["families"]
     for name in re.findall(r"dvc repro (\w+)(?![@\w])", text):
         assert name in stages, name
+    own = re.findall(r"^  (\w+): {family:", "".join(blocks("README.md", "yaml")), re.M)
     for name in re.findall(r"kumiki (?:generate|chat) (\w+)", text):
-        assert name in runs, name
+        assert name in {*runs, *own}, name
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -91,6 +92,7 @@ def test_the_settings_for_own_data_load(tmp_path):
         params.merge(raw, params.read_yaml(tmp_path / "block.yaml")), "small"
     )
     assert problems == [] and settings and settings.encode_tokens["notes"].packing == "stream"
+    assert settings.train["mine"].steps == 200
     (tmp_path / "family.yaml").write_text(family)
     assert params.read_yaml(tmp_path / "family.yaml")["runs"]["bigram"]["steps"] == 200
 
