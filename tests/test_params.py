@@ -143,6 +143,14 @@ def load(tmp_path: Path, *edits: tuple[str, str]) -> Settings:
     return params.load(tmp_path)
 
 
+def test_an_added_run_begins_from_its_familys_own(tmp_path):
+    """What its line does not say is equal: rates and batches for one size suit no other."""
+    line = "  mine: {family: gpt, tokens: bpe, steps: 5}\n"
+    found = load(tmp_path, ("runs: &added\n", f"runs: &added\n{line}")).train
+    assert found["mine"].steps == 5 != found["gpt"].steps
+    assert found["mine"].batch_tokens == found["gpt"].batch_tokens != 524_288
+
+
 SLIPS = {
     "top level": ("seed: 1234", "sead: 1234", "sead; did you mean seed?"),
     "profile": ("profile: small ", "profile: smal ", "smal"),

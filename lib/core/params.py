@@ -121,26 +121,25 @@ def typed(kind: type, value: Any, file: str | Path) -> Any:
 def inherit(merged: Mapping) -> dict[str, Any]:
     """Every run complete: `train.defaults` < `families.<run>` < `train.<run>` or `runs.<run>`.
 
-    A twin, that is a line under `runs` that overlays its family's model, starts from the settings
-    of the family's own run, `train.<family>`: all but what its line says is equal. The defaults
-    stay among them, so that they are checked where no run exists.
+    A line under `runs` starts from the settings of its family's own run, `train.<family>`: all but
+    what the line says is equal, which is what a twin is. The defaults stay among them, so that they
+    are checked where no run exists.
     """
     train, added, families = (_mapping(merged, n) for n in ("train", "runs", "families"))
     defaults = train.get("defaults") or {}
     result: dict[str, Any] = {"defaults": defaults}
     for name in [*train, *added]:
         if name != "defaults":
-            model = train.get(_twin_of(name, merged))
-            layers = [defaults, model, families.get(name), added.get(name), train.get(name)]
+            own = train.get(_begins_from(name, merged))
+            layers = [defaults, own, families.get(name), added.get(name), train.get(name)]
             bad = next((x for x in layers if x is not None and not isinstance(x, Mapping)), None)
             result[name] = merge(*(x for x in layers if x)) if bad is None else bad
     return result
 
 
-def _twin_of(run: str, merged: Mapping) -> str | None:
-    """The family whose own run a line under `runs` is a twin of, else None."""
-    line = _mapping(_mapping(merged, "runs"), run)
-    return line.get("family") if isinstance(line.get("model"), Mapping) else None
+def _begins_from(run: str, merged: Mapping) -> str | None:
+    """The family whose own run a line under `runs` begins from, else None."""
+    return _mapping(_mapping(merged, "runs"), run).get("family")
 
 
 def _mapping(tree: Mapping, name: str) -> Mapping:
@@ -154,7 +153,12 @@ def _origin(key: str, merged: Mapping) -> str:
     run, _, rest = rest.partition(".")
     if section != "train" or _has(merged, key):
         return key
-    layers = (f"runs.{run}", f"families.{run}", f"train.{_twin_of(run, merged)}", "train.defaults")
+    layers = (
+        f"runs.{run}",
+        f"families.{run}",
+        f"train.{_begins_from(run, merged)}",
+        "train.defaults",
+    )
     places = [f"{place}.{rest}" for place in layers]
     return next((place for place in places if _has(merged, place)), key)
 
