@@ -99,10 +99,8 @@ def narrow(model: nn.Module) -> frozenset[str]:
     They are most of a model, and autocast multiplies in bf16 whatever they are; tables, gains and
     what recurrences and geometry are made of stay fp32.
     """
-    linear = (Linear, nn.Linear)
-    found = {id(m.weight) for m in model.modules() if isinstance(m, linear)}
-    for parameter in (
-        own := {n: p for n, p in model.named_parameters() if id(p) in found}
-    ).values():
+    found = {id(m.weight) for m in model.modules() if isinstance(m, Linear | nn.Linear)}
+    own = {name: p for name, p in model.named_parameters() if id(p) in found}
+    for parameter in own.values():
         parameter.data = parameter.data.bfloat16()
     return frozenset(own)
