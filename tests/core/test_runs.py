@@ -60,7 +60,8 @@ def test_a_run_inherits_the_defaults_and_its_own_values_win(root):
     train = load(root).train
     assert sorted(train) == ["gpt", "mine", "second"]
     assert (train["gpt"].lr, train["gpt"].weight_decay, train["gpt"].steps) == (3e-4, 0.2, 40)
-    assert (train["mine"].lr, train["mine"].warmup, train["mine"].steps) == (0.01, 3, 9)
+    assert (train["mine"].lr, train["mine"].warmup, train["mine"].steps) == (3e-4, 3, 9)
+    assert (train["second"].lr, train["second"].steps) == (0.01, None)
     assert train["gpt"].eval_every == 5, "families.<run> lies below train.<run>"
     assert train["gpt"].beta1 == 0.9, "the dataclass lies below everything"
 
@@ -70,7 +71,8 @@ def test_a_profile_is_laid_over_each_layer_not_over_the_result(root):
     change(root, ("profile: small", "profile: large"))
     train = load(root).train
     assert (train["gpt"].lr, train["gpt"].beta1, train["gpt"].weight_decay) == (3e-4, 0.8, 0.0)
-    assert (train["mine"].lr, train["mine"].steps) == (0.5, 90)
+    assert (train["mine"].lr, train["mine"].weight_decay, train["mine"].steps) == (3e-4, 0.0, 90)
+    assert train["second"].lr == 0.5
 
 
 def test_a_twin_starts_from_its_family_s_own_run(root):
