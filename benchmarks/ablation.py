@@ -154,22 +154,30 @@ def measure(data: Data, row: Row, seed: int, steps: int, size: dict[str, int]) -
 
 
 def table(done: list[dict[str, Any]]) -> Iterator[str]:
-    """Markdown: BPB and its standard deviation, the difference to base in deviations, step time."""
+    """Markdown: BPB, its deviation over seeds, the mean difference to base at equal seeds, in the
+    larger deviation of both, step time.
+    """
     yield "| row | seeds | BPB | sd | against base | in sd | CPU s a step | parameters |"
     yield "|---|---|---|---|---|---|---|---|"
-    of = {name: [r for r in done if r["row"] == name] for name in ROWS}
-    base = [r["bpb"] for r in of["base"]]
+    of = {name: {r["seed"]: r for r in done if r["row"] == name} for name in ROWS}
+    base = {seed: r["bpb"] for seed, r in of["base"].items()}
     for name, runs in of.items():
         if not runs:
             continue
-        scores = [r["bpb"] for r in runs]
-        deviation = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-        spread = max(deviation, statistics.stdev(base)) if len(base) > 1 else float("nan")
-        change = statistics.mean(scores) - statistics.mean(base) if base else float("nan")
-        seconds = statistics.median(r["cpu_s_per_step"] for r in runs)
+        scores = [r["bpb"] for r in runs.values()]
+        gaps = [r["bpb"] - base[seed] for seed, r in runs.items() if seed in base]
+        deviation = statistics.stdev(scores) if len(scores) > 1 else None
+        told = f"{deviation:.4f}" if deviation is not None else "-"
+        against = inside = ""
+        if gaps and name != "base":
+            against = f"{statistics.mean(gaps):+.4f}"
+            if deviation is not None and len(base) > 1:
+                spread = max(deviation, statistics.stdev(base.values()))
+                inside = f"{statistics.mean(gaps) / spread:+.1f}"
+        seconds = statistics.median(r["cpu_s_per_step"] for r in runs.values())
         yield (
-            f"| {name} | {len(runs)} | {statistics.mean(scores):.4f} | {deviation:.4f} | "
-            f"{change:+.4f} | {change / spread:+.1f} | {seconds:.3f} | {runs[0]['parameters']:,} |"
+            f"| {name} | {len(runs)} | {statistics.mean(scores):.4f} | {told} | {against} | "
+            f"{inside} | {seconds:.3f} | {next(iter(runs.values()))['parameters']:,} |"
         )
 
 

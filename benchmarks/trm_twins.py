@@ -185,7 +185,7 @@ def train_one(
         identity = {"model": asdict(config), "tokenizer": data.tokenizer.fingerprint}
         described = describe_model("trm", identity, data.store.vocab_size, context)
         about = {"boundary": data.store.boundary, "steps": settings.steps, "seed": seed}
-        place = arguments.models / f"{name}_{seed}"
+        place = arguments.models / f"{name}_{lr:g}_{seed}"
         write_final(place, outcome.weights, described, about, arguments.work / "tokenizer")
     rules = Rules.of(data.tokenizer, data.store.boundary, context)
     scorer = ExitScorer(model=best, rules=rules, token_bytes=data.tokenizer.token_bytes)
