@@ -55,6 +55,7 @@ TWINS: dict[str, dict[str, Any]] = {
 LADDER = (1, 2, 3, 4, 6, 8)
 # name -> fields of the model, of the training. With n = 1 both schedules are the same calls.
 ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "init input": ({"init": "input"}, {}),
     "grad last": ({"grad": "last"}, {}),
     "n 2": ({"latent_steps": 2}, {}),
     "n 2, schedule every": ({"latent_steps": 2, "schedule": "every"}, {}),
