@@ -54,13 +54,13 @@ format: setup
 FAULTS := .kumiki-faults
 faults: setup  ## the whole fault catalogue, every crash point; writes docs/reliability.md
 	rm -f $(FAULTS).jsonl
-	KUMIKI_FAULTS_EVERY=1 KUMIKI_FAULTS_REPORT=$(CURDIR)/$(FAULTS).jsonl \
-	  python -m pytest -q -n auto --dist worksteal --junitxml $(FAULTS).xml \
+	OMP_NUM_THREADS=1 KUMIKI_FAULTS_EVERY=1 KUMIKI_FAULTS_REPORT=$(CURDIR)/$(FAULTS).jsonl \
+	  python -m pytest -q -n auto --dist worksteal --durations=40 --junitxml $(FAULTS).xml \
 	  $$(python -m tests.faults.catalogue)
 	python -m tests.faults.catalogue $(FAULTS).jsonl $(FAULTS).xml
 
 faults-sample: setup  ## a fixed sample of it, minutes
-	python -m pytest -q -n auto --dist loadfile -m faults tests
+	OMP_NUM_THREADS=1 python -m pytest -q -n auto --dist worksteal --durations=10 -m faults tests
 
 clean-state:  ## forget all working state and scratch; then `dvc repro -f` recomputes everything
 	rm -rf data/work checkpoints/*/work scratch

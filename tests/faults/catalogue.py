@@ -325,8 +325,8 @@ def page(counts: list[dict], results: Results, reasons: Counter[str], moment: st
         "A crash point is a process killed at one change of the file system, then the same command "
         "again, then every byte compared. Kills that leave the same bytes behind share one such "
         'command. "One in N": the trainer, the evaluation and the export are one code for all '
-        "families, so `gpt` is killed at every change, the others at each third, every family "
-        "beginning with another one; costly second kills and errors come more rarely.",
+        "families, so `gpt` is killed at every change, the others at one in N, every family "
+        "beginning with another one; second kills, errors and signals come more rarely.",
         "",
         "| row | injected | promise | tests | seen |",
         "|---|---|---|---|---|",

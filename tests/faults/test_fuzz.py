@@ -199,7 +199,7 @@ def test_d01_to_d05_any_bytes_are_a_value_or_a_sentence(tmp_path, name, monkeypa
 def test_d01_to_d05_bytes_that_reach_new_branches_are_a_value_or_a_sentence(name):
     """The parsers that are ours, by libFuzzer; it exits with another code than 0 for a finding."""
     pytest.importorskip("atheris", reason="atheris is absent: pip install -e '.[fuzz]'")
-    runs = 50 * EXAMPLES
+    runs = 20 * EXAMPLES
     command = [sys.executable, "-m", "tests.faults.guided", name, f"-runs={runs}", "-seed=1"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-3000:]

@@ -3,7 +3,7 @@
 After a kill the same command ends with the bytes of an undisturbed run; a full or failing disk ends
 with code 4, a signal with 75, and the same command then ends with those bytes too. With
 KUMIKI_FAULTS_EVERY=1, as in `make faults`, kills come at every change (`toy.THIN`: where at every
-third); else a sample is taken, at least one point of every way in every stage and family.
+fifth); else a sample is taken, at least one point of every way in every stage and family.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from tests.faults.toy import log_without_clock, skip
 from tests.train.project import command, make_project
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
-SEEDS = range(5) if os.environ.get("KUMIKI_FAULTS_EVERY") == "1" else range(1)
+SEEDS = range(3) if os.environ.get("KUMIKI_FAULTS_EVERY") == "1" else range(1)
 
 
 @pytest.fixture(scope="module")
