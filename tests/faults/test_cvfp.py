@@ -29,7 +29,7 @@ from tests.train.tiny import RUNTIME, make_job
 
 pytestmark = pytest.mark.faults
 EVERY = int(os.environ.get("KUMIKI_FAULTS_EVERY", "53"))
-THIN = 3  # each kind of buffers is struck at every third change, and each at another
+THIN = 5  # each kind of buffers is struck at every fifth change, and each at another
 TOKENS, CHUNK, WIDTH, VOCAB = 40, 10, 4, 9
 
 

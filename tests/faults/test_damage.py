@@ -1,6 +1,6 @@
 """Every kind of file that some stage reads, damaged: refused, or mended (E3, D4, D5, B6).
 
-`make faults` plants about 80 damages a kind, more than 1,000 in all; the sample 10 damages by lot.
+`make faults` plants about 70 damages a kind, more than 1,000 in all; the sample 10 damages by lot.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS = {
 
 @pytest.mark.parametrize("reader", sorted({kind.reader for kind in KINDS.values()}))
 def test_b06_damage_is_refused_or_mended_and_never_read(fast_folder, reader):
-    how = "--flips=60" if FULL else "--most=10"
+    how = "--flips=40" if FULL else "--most=10"
     command = [sys.executable, "-m", "tests.faults.damage", str(fast_folder), reader, how]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -3,7 +3,7 @@
 After a kill the same command ends with the bytes of an undisturbed run; a full or failing disk ends
 with code 4, a signal with 75, and the same command then ends with those bytes too. With
 KUMIKI_FAULTS_EVERY=1, as in `make faults`, kills come at every change (`toy.THIN`: where at every
-fifth); else a sample is taken, at least one point of every way in every stage and family.
+eighth); else a sample is taken, at least one point of every way in every stage and family.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def ways_of(chain: str) -> dict[str, int]:
     """How a chain is struck, and at every how many-th change."""
     if not FULL:
         return {"kill": 37, "twice": 150, "ENOSPC": 60, "EIO": 60, "SIGTERM": 150, "SIGINT": 150}
-    errors = 1 if chain == "data" else 4
+    errors = 2 if chain == "data" else 6
     return {"kill": 1, "twice": 29, "ENOSPC": errors, "EIO": errors, "SIGTERM": 20, "SIGINT": 20}
 
 

@@ -80,7 +80,7 @@ for _run in RUNS:
     STEPS[f"train_{_run}"] = Step(("pretrain", "--run", _run), ("encode",))
     STEPS[f"evaluate_{_run}"] = Step(("evaluate", "--run", _run), (f"train_{_run}",))
     STEPS[f"export_{_run}"] = Step(("export", "--run", _run), (f"train_{_run}",))
-THIN = 5  # trainer, evaluation, export are one code for all: gpt at each point, others at a fifth
+THIN = 8  # trainer, evaluation, export are one code for all: gpt at each point, others at an eighth
 SECTIONS: dict[str, dict] = {}  # of params.yaml, beside those in DATA
 if "cvfp" in RUNS:  # embeddings of a trained table, then two phases
     _rows = ("--embeddings", "data/embeddings.manifest.json")
