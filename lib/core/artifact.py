@@ -88,7 +88,8 @@ class Manifest:
                 value=f"{raw.get('version')}, this is {VERSION}",
                 remedy="run the stage that makes it again",
             )
-        if not _is_as_written(raw):
+        # Its file is an input by its bytes, so a change that JSON does not see counts as well.
+        if not _is_as_written(raw) or Path(path).read_bytes() != files.canonical_json(raw):
             raise InputError(
                 "manifest differs from what was written",
                 file=path,
