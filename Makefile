@@ -60,7 +60,7 @@ faults: setup  ## the whole fault catalogue, every crash point; writes docs/reli
 	python -m tests.faults.catalogue $(FAULTS).jsonl $(FAULTS).xml
 
 faults-sample: setup  ## a fixed sample of it, minutes
-	OMP_NUM_THREADS=1 python -m pytest -q -n auto --dist worksteal --durations=10 -m faults tests
+	OMP_NUM_THREADS=1 python -m pytest -q -n auto --dist loadfile --durations=10 -m faults tests
 
 clean-state:  ## forget all working state and scratch; then `dvc repro -f` recomputes everything
 	rm -rf data/work checkpoints/*/work scratch

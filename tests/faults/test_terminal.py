@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.faults import toy
 from tests.project import run_module
 from tests.terminal import CTRL_C, drive, lines
@@ -31,10 +34,23 @@ runpy.run_module("stages." + sys.argv[0], run_name="__main__")
 """
 
 
+PREPARE = """
+import sys
+from pathlib import Path
+from tests.faults import toy
+toy.prepare(Path(sys.argv[1]), *sys.argv[2:])
+"""
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    """A project in which everything has been made."""
-    return toy.prepare(tmp_path_factory.mktemp("terminal"), *(n for n in NAMES if n != "report"))
+    """A project in which everything has been made, by a process of its own: toy forks."""
+    folder = tmp_path_factory.mktemp("terminal")
+    steps = [name for name in NAMES if name != "report"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", PREPARE, str(folder), *steps]
+    subprocess.run(words, cwd=ROOT, env=environment, check=True)
+    return folder / "prepared"
 
 
 def words_of(name: str) -> tuple[str, ...]:
