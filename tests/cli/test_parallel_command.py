@@ -73,9 +73,10 @@ def test_two_stages_side_by_side_are_collected_and_nothing_runs_twice(project):
     assert [(project / f"{n}.txt").read_text() for n in "ab"] == ["a", "b"]
     assert not list((project / ".kumiki/wt").iterdir()), "worktrees are gone"
     again = run_module(project, "lib.cli.main", "parallel", "a", "b", "--json")
+    assert again.returncode == 0, again.stderr.decode()
     ended = json.loads(again.stdout)["stages"]
     assert ended == [{"stage": "a", "code": 0}, {"stage": "b", "code": 0}]
-    assert again.returncode == 0 and ran(project) == ["a", "b", "up"]
+    assert ran(project) == ["a", "b", "up"]
 
 
 def test_a_failure_stops_no_other_and_the_same_command_continues(project):
