@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lib.cli import data_costs, estimate, machines
 from lib.cli import main as cli
@@ -21,6 +22,8 @@ from lib.cli.commands.config import load_profile
 from lib.core import dag, files, params
 from lib.core.artifact import Manifest
 from lib.core.lock import exclusive_lock
+from lib.models.base import load_family
+from lib.train.inputs import require_context
 from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
 from tests.test_family_contract import TINY
@@ -240,6 +243,22 @@ def test_doctor_shows_no_secret(kumiki, monkeypatch):
 def shipped(monkeypatch, profile: str):
     monkeypatch.chdir(ROOT)
     return load_profile(profile)
+
+
+@pytest.mark.parametrize("profile", params.read_yaml(ROOT / "params.yaml")["profiles"])
+def test_a_profiles_own_runs_have_rows_as_long_as_their_models_context(monkeypatch, profile):
+    """Training refuses others, which a user would learn after hours of data (gpt.md 13)."""
+    settings = shipped(monkeypatch, profile)
+    sized = {f for f, value in (data_costs.overlay(settings).get("model") or {}).items() if value}
+    for name in estimate.runs_of(settings):
+        run = settings.train[name]
+        if sized and (run.family or name) not in sized:
+            continue  # a small model beside the profile's own, which no one trains there
+        encoding = settings.encode_tokens[run.tokens or "bpe"]
+        with torch.device("meta"):
+            ids = data_costs.vocab_size_of(settings, run.tokens or "bpe")
+            model = load_family(run.family or name).Model(run.model, ids)
+        require_context(encoding.context, model)
 
 
 def test_reference_point_nanochat_d20(monkeypatch):
