@@ -28,7 +28,7 @@ _STRING_RUN = re.compile(
 )
 _HIGH_ALONE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_PAIR = 12  # characters of \uXXXX\uXXXX, the longest escape
+_ESCAPED_PAIR = 12  # characters of a surrogate pair as two escapes, the longest there is
 
 
 class Rejected(Exception):
