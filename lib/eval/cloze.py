@@ -307,8 +307,8 @@ def overlap_accuracy(items: Sequence[Item], documents: Iterable[Document]) -> fl
     right = 0
     for item in items:
         context = words_of(item["query"])
-        scores = [
-            sum(math.log((1 + total) / (1 + seen[word])) for word in words_of(choice) & context)
+        scores = [  # fsum: the words come in the order of a set, which follows the hash seed
+            math.fsum(math.log((1 + total) / (1 + seen[w])) for w in words_of(choice) & context)
             for choice in item["choices"]
         ]
         right += scores.index(max(scores)) == item["gold"]

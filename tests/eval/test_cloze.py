@@ -221,6 +221,19 @@ def test_word_overlap_finds_the_topic_and_not_the_last_word():
     assert found["cloze_last_word"] == pytest.approx(0.25, abs=0.13)
 
 
+def test_word_overlap_of_equals_is_the_first_whatever_the_hash_seed():
+    """Two choices whose words are as rare as each other's: no order of summation may tell them."""
+    names = [f"{'abcdefgh'[k]}word" for k in range(8)]
+    rarity = [(f"d{n}", " ".join(f"x{w} y{w}" for w in names[n:])) for n in range(8)]
+    choices = [" ".join(side + w for w in names) for side in "xy"]
+    items = [
+        {"query": " ".join(choices), "choices": choices[::step], "gold": 0} for step in (1, -1)
+    ]
+    for cut in range(8):  # other words, other orders
+        few = [{**i, "choices": [" ".join(c.split()[cut:]) for c in i["choices"]]} for i in items]
+        assert cloze.overlap_accuracy(few, rarity) == 1.0
+
+
 def test_contexts_are_what_stands_directly_before():
     text = "The first sentence is a good one here. no. The second sentence is also good here. "
     text += "The third sentence comes right after it. The fourth one is the last of them all."
