@@ -358,3 +358,13 @@ def test_every_key_has_a_reader():
     }
     assert len(keys) > 200, "the settings were not found"
     assert not [key for key in sorted(keys) if key[2] not in read]
+
+
+def test_a_file_read_twice_is_a_mapping_of_its_own_each_time_and_an_edit_is_seen(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("a: {b: 1}\n")
+    first = params.read_yaml(path)
+    first["a"]["b"] = 2
+    assert params.read_yaml(path) == {"a": {"b": 1}}
+    path.write_text("a: {b: 3}\n")
+    assert params.read_yaml(path) == {"a": {"b": 3}}

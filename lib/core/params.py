@@ -11,6 +11,7 @@ Note:  every profile of the file is checked at every load, not only the active o
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import itertools
 import re
@@ -198,15 +199,21 @@ def _build_models(
 
 def read_yaml(path: Path) -> dict:
     """A YAML 1.2 mapping, read as DVC reads it: `3e-4` is a float, `yes` text (pipeline.md 5)."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError("no such file", file=path, remedy="run from the project's folder") from None
     except UnicodeDecodeError as error:
         raise UserError("not UTF-8", file=path, value=error, remedy="save it as UTF-8") from None
+    return copy.deepcopy(_parsed(text, path))
+
+
+@cache
+def _parsed(text: str, path: Path) -> dict:
+    """Of one text, once: a stage asks for params.yaml eight times, and each would cost 80 ms."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     if len(re.findall(r"(?:^|[\s\[,{])\*\w", text)) > _MAX_ALIASES:
         raise UserError("too many aliases", file=path, remedy=f"use at most {_MAX_ALIASES}")
     if _is_deep(text):
