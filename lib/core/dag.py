@@ -53,7 +53,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Every statement that can run, without descending into expressions (most of a tree)."""
     for node in body:
         yield node
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             yield from _statements(node.orelse)
             continue
         for name in ("body", "orelse", "finalbody", "handlers", "cases"):
