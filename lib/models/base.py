@@ -430,7 +430,8 @@ def build(
     with torch.device("meta"):
         model = family.Model(config, vocab_size)
     model.vocab_size = vocab_size
-    model.to_empty(device="cpu")
+    # As to_empty(), whose way from meta to memory imports sympy: half a second of every stage.
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
     if weights is not None:
         model.load_state_dict(weights)
     else:
