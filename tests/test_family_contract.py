@@ -149,6 +149,31 @@ def test_config_is_frozen_and_loads_without_torch(name, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+STEP = """
+import sys
+from tests.test_family_contract import *
+from lib.train import parallel
+for name in families():
+    model = make(name, 0)
+    if model.inputs == "tokens":
+        groups = model.param_groups(Optim(lr=1e-2, steps=2, batch_tokens=2 * T))
+        optimizer = build_optimizer(groups)
+        for loss in model.losses(batch(2)):
+            loss.backward()
+        parallel.global_norm([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.step(make_schedule("constant", 2).at(0))
+heavy = {"torch._dynamo", "sympy", "torch.distributed.tensor", "transformers", "triton"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
+def test_a_step_imports_neither_the_compiler_nor_symbolic_algebra():
+    """Half a second to two each, of every stage of a pipeline of forty."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def _foreign(statement: ast.stmt) -> bool:
     """An import of neither the standard library, lib.core nor a family's `_<name>_sizes`."""
     if isinstance(statement, ast.ImportFrom):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -169,6 +169,16 @@ def _triton():
 def load(op: str):
     """The module with the kernels of `op`; it registers `torch.ops.kumiki.<op>`."""
     return importlib.import_module(f"lib.kernels.{op}.triton")
+
+
+def eager(compute: Callable, save: Callable, backward: Callable) -> Callable:
+    """`compute` with its gradient, as torch.library has it, for calls outside of compiled graphs.
+
+    A call through torch.library imports all of the compiler: a second of every run.
+    """
+    parts = {"forward": compute, "setup_context": save, "backward": backward}
+    methods = {name: staticmethod(part) for name, part in parts.items()}
+    return type(compute.__name__, (torch.autograd.Function,), methods).apply
 
 
 def operator(op: str):

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,10 @@ class Family(nn.Module):
     stream_rows: int | None = None  # tokens of a step that reads the corpus as one stream
     activation_bytes = 2**30  # graphs of one step that it may keep, runtime.activation_bytes
     trained_depth = 1  # of thought: the exit that training aims at
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """As every module's; torch's own imports sympy on the way, half a second of every stage."""
+        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse)
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens (B, T) int64 -> logits (B, T, V), and an opaque state that continues the rows."""
@@ -430,8 +434,7 @@ def build(
     with torch.device("meta"):
         model = family.Model(config, vocab_size)
     model.vocab_size = vocab_size
-    # As to_empty(), whose way from meta to memory imports sympy: half a second of every stage.
-    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+    model.to_empty(device="cpu")
     if weights is not None:
         model.load_state_dict(weights)
     else:

@@ -39,6 +39,7 @@ from lib.nn.contexts.jacobi import Jacobi
 from lib.nn.contexts.predicting import Head, TiedHead, TokenBlock
 from lib.nn.contexts.solver import Solved, Solver
 from lib.nn.contexts.stream_contexts import StreamContexts
+from lib.nn.linear import Table
 
 __all__ = ["Config", "Model", "controls", "starts_from_weights", "verdict"]
 
@@ -201,7 +202,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         dtype = torch.bfloat16 if "bf16_state" in config.seed_defects else None
         self.source: Any = None
         self.solver = Solver()
-        self.embedding = nn.Embedding(vocab_size, e)
+        self.embedding = Table(vocab_size, e)
         self.embedding.weight.requires_grad_(config.train_embedding and self.predicts)
         if config.hidden is not None:
             self.frozen = frozen_of(config.hidden, vocab_size)

@@ -25,6 +25,7 @@ from lib.core.rng import drawing
 from lib.kernels.linear_cross_entropy import linear_cross_entropy
 from lib.models.base import Batch, Defaults, Family, Group, Native, Optim
 from lib.nn.attention import causal_attention
+from lib.nn.linear import Table
 
 EPS, STD = 1e-5, 0.02  # of the norms; of first weights (Radford et al. 2019)
 
@@ -101,8 +102,8 @@ class Model(Family):
         super().__init__()
         self.config, self.vocab_size, self.max_context = config, vocab_size, config.context
         self.rows_share_draws = config.dropout > 0
-        self.wte = nn.Embedding(vocab_size, config.width)
-        self.wpe = nn.Embedding(config.context, config.width)
+        self.wte = Table(vocab_size, config.width)
+        self.wpe = Table(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.ln_f = nn.LayerNorm(config.width, eps=EPS)
         self.head = None if config.tie else nn.Linear(config.width, vocab_size, bias=False)

@@ -38,16 +38,17 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(wide))
 
 
-class Table(nn.Module):
-    """An embedding table, left uninitialised: the family draws it."""
+class Table(nn.Embedding):
+    """An embedding table, left uninitialised: the family draws it.
+
+    torch's own draws, on the meta device too, and there imports all of the compiler for it.
+    """
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+        super().__init__(rows, width, dtype=dtype)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (...) int64 -> (..., width)."""
-        return F.embedding(tokens, self.weight)
+    def reset_parameters(self) -> None:
+        """Nothing to draw here."""
 
 
 def require_fp8(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lib.kernels import decide, load
+from lib.kernels import decide, eager, load
 from lib.kernels.linear_cross_entropy.reference import chunk_rows, sweep
 
 Reduction = Literal["mean", "sum", "none"]
@@ -45,14 +45,15 @@ def linear_cross_entropy(
     size = (
         chunk_rows(rows.shape[0], rows.shape[1], V, device, half=half) if chunk == "auto" else chunk
     )
+    run = _forward if torch.compiler.is_compiling() else _eager
     scale = None
     if reduction != "none":
         valid = (flat >= 0).to(torch.float64 if h.dtype == torch.float64 else torch.float32)
         scale = valid / valid.sum().clamp(min=1) if reduction == "mean" else valid
         if not torch.is_grad_enabled() or not (h.requires_grad or weight.requires_grad):
-            losses, _, _ = _forward(rows, weight, flat, None, V, softcap, size)
+            losses, _, _ = run(rows, weight, flat, None, V, softcap, size)
             return (losses * scale).sum()
-    losses, _, _ = _forward(rows, weight, flat, scale, V, softcap, size)
+    losses, _, _ = run(rows, weight, flat, scale, V, softcap, size)
     return losses.view(targets.shape) if scale is None else losses.sum()
 
 
@@ -65,9 +66,7 @@ def _check(h: Tensor, weight: Tensor, targets: Tensor, V: int) -> None:
         raise ValueError(f"vocab_size {V} does not fit weight {tuple(weight.shape)}")
 
 
-# Named after the module: an exported copy of this file, opened in the same process, is another op.
-@torch.library.custom_op(f"kumiki::{__name__.replace('.', '_')}", mutates_args=())
-def _forward(
+def _compute(
     h: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -85,6 +84,11 @@ def _forward(
     return losses if scale is None else losses * scale, dh, dw
 
 
+# Named after the module: an exported copy of this file, opened in the same process, is another op.
+_NAME = f"kumiki::{__name__.replace('.', '_')}"
+_forward = torch.library.custom_op(_NAME, _compute, mutates_args=())
+
+
 @_forward.register_fake
 def _(h, weight, targets, scale, vocab_size, softcap, chunk):
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -96,6 +100,7 @@ def _(h, weight, targets, scale, vocab_size, softcap, chunk):
 
 def _save(ctx, inputs, output) -> None:
     h, weight, targets, scale, *ctx.sizes = inputs
+    ctx.set_materialize_grads(False)  # nobody has gradients for dh and dw: no zeros in their place
     ctx.scaled = scale is not None
     if ctx.scaled:
         ctx.save_for_backward(*output[1:])
@@ -106,6 +111,8 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, upstream, _dh, _dw):
     if torch.is_grad_enabled():
         raise RuntimeError("linear_cross_entropy has first-order gradients only")
+    if upstream is None:  # the losses were not used
+        return (None,) * 7
     if ctx.scaled:  # the caller sums the rows, so that upstream is one number
         dh, dw = (grad * upstream[:1].sum().to(grad.dtype) for grad in ctx.saved_tensors)
     else:
@@ -115,3 +122,4 @@ def _backward(ctx, upstream, _dh, _dw):
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+_eager = eager(_compute, _save, _backward)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lib.kernels import decide, load
+from lib.kernels import decide, eager, load
 from lib.kernels.tt_linear_cross_entropy.reference import (
     TORCH,
     Engine,
@@ -53,13 +53,14 @@ def tt_linear_cross_entropy(
     C1, C2 = C1.contiguous(), C2.contiguous()
     size = first_indices(len(rows), rows.shape[1], len(C1), len(C2)) if block == "auto" else block
     sizes = vocab_size, softcap, size
+    run = _forward if torch.compiler.is_compiling() else _eager
     scale = None
     if reduction != "none":
         valid = (flat >= 0).to(torch.float64 if h.dtype == torch.float64 else torch.float32)
         scale = valid / valid.sum().clamp(min=1) if reduction == "mean" else valid
         if not torch.is_grad_enabled() or not any(x.requires_grad for x in (h, C1, C2)):
-            return (_forward(rows, C1, C2, flat, cells, None, *sizes)[0] * scale).sum()
-    each = _forward(rows, C1, C2, flat, cells, scale, *sizes)[0]
+            return (run(rows, C1, C2, flat, cells, None, *sizes)[0] * scale).sum()
+    each = run(rows, C1, C2, flat, cells, scale, *sizes)[0]
     return each.view(targets.shape) if scale is None else each.sum()
 
 
@@ -79,9 +80,7 @@ def _check(
         raise ValueError(f"cells {tuple(cells.shape)} must name one for each of {V} ids")
 
 
-# Named after the module: an exported copy of this file, opened in the same process, is another op.
-@torch.library.custom_op(f"kumiki::{__name__.replace('.', '_')}", mutates_args=())
-def _forward(
+def _compute(
     h: Tensor, C1: Tensor, C2: Tensor, targets: Tensor, cells: Tensor | None, scale: Tensor | None,
     vocab_size: int, softcap: float, block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -102,7 +101,12 @@ def _forward(
     return each if scale is None else each * scale, lse, dh, dC1, dC2
 
 
-@torch.library.custom_op(f"kumiki::{__name__.replace('.', '_')}_gradients", mutates_args=())
+# Named after the module: an exported copy of this file, opened in the same process, is another op.
+_NAME = f"kumiki::{__name__.replace('.', '_')}"
+_forward = torch.library.custom_op(_NAME, _compute, mutates_args=())
+
+
+@torch.library.custom_op(f"{_NAME}_gradients", mutates_args=())
 def _gradients(
     h: Tensor, C1: Tensor, C2: Tensor, targets: Tensor, cells: Tensor | None, lse: Tensor,
     upstream: Tensor, vocab_size: int, softcap: float, block: int,
@@ -132,6 +136,7 @@ def _(h, C1, C2, targets, cells, lse, upstream, vocab_size, softcap, block):
 
 def _save(ctx, inputs, output) -> None:
     h, C1, C2, targets, cells, scale, *ctx.sizes = inputs
+    ctx.set_materialize_grads(False)  # only the losses have a gradient from above
     ctx.made = scale is not None and ctx.sizes[2] >= len(C1)
     if ctx.made:
         ctx.save_for_backward(*output[2:])
@@ -142,6 +147,8 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, upstream, *_unused):
     if torch.is_grad_enabled():
         raise RuntimeError("tt_linear_cross_entropy has first-order gradients only")
+    if upstream is None:  # the losses were not used
+        return (None,) * 9
     if ctx.made:  # the caller sums the rows, so that upstream is one number
         grads = (grad * upstream[:1].sum().to(grad.dtype) for grad in ctx.saved_tensors)
     else:
@@ -152,3 +159,4 @@ def _backward(ctx, upstream, *_unused):
 
 
 _forward.register_autograd(_backward, setup_context=_save)
+_eager = eager(_compute, _save, _backward)
