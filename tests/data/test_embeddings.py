@@ -156,8 +156,9 @@ def test_hidden_rows_are_those_of_the_blocks_at_their_place(project, hidden):
     learner.read_from(found)
     row = next(n for n in range(store.rows) if store.row_positions(n)[0] in offsets)
     read = found.packed(np.array([row]))[0]
-    ids = torch.from_numpy(store.tokens("train", int(store.row_positions(row)[0]), len(read)))
-    alone = learner.contextual(ids.long()[:, None])[0][:, 0]
+    start = int(store.row_positions(row)[0])
+    ids = torch.from_numpy(store.tokens("train", start, len(read)).astype(np.int64))
+    alone = learner.contextual(ids[:, None])[0][:, 0]
     assert (alone - read).abs().max() < 2e-3, "the model makes what the file holds"
     other = build(cvfp, replace(config, hidden=replace(config.hidden, layer=2)), V, seed=1)
     with pytest.raises(UserError, match="other hidden states"):

@@ -140,11 +140,11 @@ def test_losses_and_gradients_are_those_of_the_recipe(golden):
         y, z = y.detach(), z.detach()
     factor = golden.config.act_weight
     assert torch.stack(ce).tolist() == pytest.approx(case["ce_per_supervision_step"], rel=1e-6)
-    halting = [float(x) / factor for x in bce]
+    halting = [x.item() / factor for x in bce]
     assert halting == pytest.approx(case["halt_bce_per_supervision_step"], rel=1e-6)
     for s, q in enumerate(qs):
         assert q.tolist() == pytest.approx(case["q_hat"][s], rel=1e-6)
-    total = sum(float(a + b) for a, b in zip(ce, bce, strict=True)) / golden.steps
+    total = sum((a + b).item() for a, b in zip(ce, bce, strict=True)) / golden.steps
     assert total == pytest.approx(case["loss_fp64"], rel=1e-8)
     names = golden_names(golden.config.tied)
     norms = [float(model.get_parameter(name).grad.norm()) for name in names]
