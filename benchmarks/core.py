@@ -161,7 +161,7 @@ def both_flops(model: Any, vocab_size: int, example: Example, shared: bool) -> t
 
 
 def trained() -> tuple[Any, Any]:
-    from lib.data.tokenizer import load_tokenizer
+    from lib.data.vocab.tokenizer import load_tokenizer
     from lib.train.final import Final
 
     folder = Path("checkpoints/gpt/final")
@@ -170,7 +170,7 @@ def trained() -> tuple[Any, Any]:
 
 def random_gpt2(folder: Path) -> tuple[Any, Any]:
     """The small GPT's shape over GPT-2's vocabulary; its zeros are stirred."""
-    from lib.data.tokenizer import Tokenizer, take_gpt2
+    from lib.data.vocab.tokenizer import Tokenizer, take_gpt2
     from lib.models import gpt
     from lib.models.base import build
 

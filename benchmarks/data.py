@@ -34,7 +34,7 @@ from lib.core.data_settings import Dedup, Encoding, Gpt2Tokenizer, Recipe
 from lib.core.process import worker_pool
 from lib.data.encode import encode, plan_encoding
 from lib.data.extract import Shard, extract_texts
-from lib.data.tokenizer import build, load_tokenizer
+from lib.data.vocab.tokenizer import build, load_tokenizer
 
 RECIPE = Recipe(sources={"s": 1.0}, dedup=Dedup(exact=True, near=False))
 

@@ -24,7 +24,7 @@ STAGE = Stage(
 
 def identity(run: Run) -> dict[str, Any]:
     """Sources as written, package versions, and name and sha256 of every local file."""
-    from lib.data import sources
+    from lib.data.raw import sources
 
     section, seed = run.settings.download_shards, run.settings.seed
     return {
@@ -36,7 +36,7 @@ def identity(run: Run) -> dict[str, Any]:
 
 def check(run: Run) -> bool:
     """Whether scratch still holds what the finished manifest names."""
-    from lib.data import sources
+    from lib.data.raw import sources
 
     bad = sources.damaged(Manifest.read(run.result, "shards"), run.runtime.verify == "full")
     for name, found in bad.items():
@@ -46,7 +46,7 @@ def check(run: Run) -> bool:
 
 def body(run: Run) -> None:
     """Have every shard verified in scratch, then write the manifest."""
-    from lib.data import sources
+    from lib.data.raw import sources
 
     with run.pool() as pool:
         manifest = sources.collect(

@@ -46,7 +46,7 @@ def check(run: Run) -> bool:
 def body(run: Run) -> None:
     """Encode part by part, then pack; parts that an interrupted run finished are taken."""
     from lib.data.encode import encode, plan_encoding
-    from lib.data.tokenizer import load_tokenizer
+    from lib.data.vocab.tokenizer import load_tokenizer
 
     section = run.settings.encode_tokens[run.name]
     stage.require_tasks(run, section.n_tasks)

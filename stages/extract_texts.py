@@ -36,8 +36,8 @@ def identity(run: Run) -> dict[str, Any]:
 
 def body(run: Run) -> None:
     """Every recipe in turn; finished shards of an interrupted run are taken as they are."""
-    from lib.data import sources
     from lib.data.extract import build_share, extract_texts
+    from lib.data.raw import sources
 
     stage.require_tasks(run, run.settings.extract_texts.n_tasks)
     found = Manifest.read(run.inputs["shards"], "shards")

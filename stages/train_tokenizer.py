@@ -34,7 +34,7 @@ def identity(run: Run) -> dict[str, Any]:
 def body(run: Run) -> None:
     """Train on the recipe's order, measure on validation, write the folder."""
     from lib.data.documents import read_documents, read_mixture
-    from lib.data.tokenizer import build
+    from lib.data.vocab.tokenizer import build
 
     section = run.settings.train_tokenizer[run.name]
     documents = run.inputs["documents"] / section.documents
@@ -70,7 +70,7 @@ def read(run: Run, texts: Iterable[str], documents: Path, split: str) -> Iterato
 
 def fetched(run: Run, source: str | None) -> Path | None:
     """The folder in scratch that holds the files of `source`, verified."""
-    from lib.data import sources
+    from lib.data.raw import sources
 
     if source is None:
         return None

@@ -16,8 +16,8 @@ from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.data_settings import BpeTokenizer, Encoding
 from lib.core.stage import input_hash
-from lib.data import tokenizer as tokenizers
 from lib.data.encode import encode, plan_encoding
+from lib.data.vocab import tokenizer as tokenizers
 from lib.models import gpt
 from lib.models.base import build
 from lib.train.final import write_final

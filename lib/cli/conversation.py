@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lib.cli.console import note
-from lib.data import chat
+from lib.data.vocab import chat
 from lib.export.generate import Carried, Generation, Sampling, TextStream
 from lib.export.saved import Opened
 

@@ -23,12 +23,12 @@ from lib.core.data_settings import Encoding
 from lib.core.errors import InputError, UserError
 from lib.core.process import PoolMap
 from lib.core.rng import derive_seed
-from lib.data import chat
 from lib.data.pack import Documents, PackCounts, RowBlock, pack_bestfit, pack_stream
 from lib.data.parts import Part, PartCounts, Unit, encode_part, open_cached
 from lib.data.recipe import MixtureReport, Visits, hash_order, mix
-from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokens import INT64, SPLITS, Split, id_dtype, rows_folder
+from lib.data.vocab import chat
+from lib.data.vocab.tokenizer import Tokenizer, load_tokenizer
 
 REVISION = 1  # of the token files' meaning: raise it when the same settings give other bytes
 CROP_WARNING = 0.40  # share of tokens lost to cropping that is worth a warning

@@ -39,7 +39,7 @@ from lib.data.documents import (
     val_sha256,
 )
 from lib.data.ledger import DUPLICATES, Entry, Ledger
-from lib.data.readers import Batch, Shard, read_shard
+from lib.data.raw.readers import Batch, Shard, read_shard
 
 __all__ = ["Shard", "build_units", "extract_texts", "read_documents"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lib.core.errors import InputError
 from lib.data.clean import CleanCounts
-from lib.data.lines import POSITIONS, ReadCounts
+from lib.data.raw.lines import POSITIONS, ReadCounts
 
 DUPLICATES = ("dup_exact", "dup_near", "dup_of_val")
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from lib.core import files
 from lib.core.errors import InputError
-from lib.data import chat
-from lib.data.tokenizer import Tokenizer
 from lib.data.tokens import INT64, Split, id_dtype, part_name
+from lib.data.vocab import chat
+from lib.data.vocab.tokenizer import Tokenizer
 
 BATCH_BYTES = 2_000_000  # text encoded at once, about; bounds the memory
 CHECK_EVERY, CHECK_LEAST = 1000, 100  # documents of a part that are decoded again
@@ -44,7 +44,7 @@ class Unit:
     boundary: str
     truncate_tokens: int | None  # train only
     threads: int  # changes no byte
-    framed: bool = False  # documents are conversations (lib.data.chat)
+    framed: bool = False  # documents are conversations (lib.data.vocab.chat)
 
     @property
     def ids_path(self) -> Path:

@@ -67,7 +67,7 @@ class TokenStore:
         params, rows = manifest.recipe["params"], manifest.counts["rows"]
         self.fingerprint: str = manifest.recipe["inputs"]["tokenizer"]
         self.boundary: str = params["boundary"]
-        self.template: str = params.get("template", "none")  # chat: lib.data.chat
+        self.template: str = params.get("template", "none")  # chat: lib.data.vocab.chat
         self.bos_id: int | None = params["bos_id"]
         self.eos_id: int | None = params["eos_id"]
         self.vocab_size: int = params["vocab_size"]

@@ -17,7 +17,7 @@ from lib.core import data_settings as settings
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.rng import torch_generator
 from lib.core.run_settings import Runtime
-from lib.data.remote import policy_for
+from lib.data.raw.remote import policy_for
 
 EPS = 1e-5
 

@@ -15,9 +15,9 @@ from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.stage import Run, input_hash
 from lib.data.documents import read_documents
-from lib.data.sources import ensure_files
-from lib.data.tokenizer import Tokenizer, load_tokenizer
+from lib.data.raw.sources import ensure_files
 from lib.data.tokens import TokenStore
+from lib.data.vocab.tokenizer import Tokenizer, load_tokenizer
 from lib.eval import bundle as bundles
 from lib.train.final import Final
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lib.core import files
 from lib.core.errors import InputError, UserError, redact
-from lib.data import chat
+from lib.data.vocab import chat
 from lib.export.gguf import has_gguf
 from lib.models.base import Native
 
@@ -42,7 +42,7 @@ class Exportable:
     family: str  # name of the file in lib/models
     config: Any  # its Config
     model: Any  # its Model, with weights, on the CPU
-    tokenizer: Any  # lib.data.tokenizer.Tokenizer
+    tokenizer: Any  # lib.data.vocab.tokenizer.Tokenizer
     tokenizer_folder: Path  # its files
     boundary: str | None  # what stood between documents in training; None: not recorded
     framed: bool  # turns of conversations stood between their ids in training

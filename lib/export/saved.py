@@ -15,7 +15,7 @@ from typing import Any, Literal
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.errors import InputError, KumikiError, UserError, relative
-from lib.data import chat
+from lib.data.vocab import chat
 
 RUNS = "checkpoints"
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
@@ -31,7 +31,7 @@ class Opened:
     family: str
     config: Any  # the family's Config
     model: Any  # lib.models.base.Family, in evaluation mode
-    tokenizer: Any  # lib.data.tokenizer.Tokenizer
+    tokenizer: Any  # lib.data.vocab.tokenizer.Tokenizer
     boundary: str | None  # what stood between documents in training; None: not recorded
     framed: bool  # turns of conversations stood between their ids in training
     weights: str  # which of them: final, export, step 400, ...
@@ -126,7 +126,7 @@ def open_folder(
 
 
 def _open_final(folder: Path, device: Any, streamer: Streamer | None, weights: Weights) -> Opened:
-    from lib.data.tokenizer import load_tokenizer
+    from lib.data.vocab.tokenizer import load_tokenizer
     from lib.train.final import Final
 
     if weights == "raw":
@@ -154,7 +154,7 @@ def _open_checkpoint(
 ) -> Opened:
     """A step of a run that lies in the project: its sizes and tokenizer stand in params.yaml."""
     from lib.core import params
-    from lib.data.tokenizer import load_tokenizer
+    from lib.data.vocab.tokenizer import load_tokenizer
     from lib.models.base import build, load_family
     from lib.train.checkpoint import verify
 
@@ -208,7 +208,7 @@ def shapes_of(family: Any, config: Any, vocab_size: int) -> dict[str, tuple[int,
 
 def _open_export(folder: Path, device: Any, streamer: Streamer | None) -> Opened:
     from lib.core.params import typed
-    from lib.data.tokenizer import load_tokenizer
+    from lib.data.vocab.tokenizer import load_tokenizer
     from lib.export.hf import TOKENIZER, WEIGHTS, read_names, restore
     from lib.models.base import build, load_family
     from lib.train.checkpoint import read_tensors

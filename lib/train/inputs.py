@@ -23,11 +23,11 @@ from lib.core import artifact
 from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.run_settings import Train
-from lib.data import chat
 from lib.data.embeddings import Embeddings
 from lib.data.loader import Chunks, Loader
-from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokens import TokenStore
+from lib.data.vocab import chat
+from lib.data.vocab.tokenizer import Tokenizer, load_tokenizer
 from lib.eval.bpb import Document, take_prefix, validate
 from lib.eval.scorer import Rules
 from lib.export.generate import Sampling, generate

@@ -26,7 +26,7 @@ from lib.core.errors import EnvError, KumikiError, UserError
 from lib.core.params import typed
 from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
-from lib.data import chat
+from lib.data.vocab import chat
 from lib.export import hf
 from lib.models.base import Family, load_family
 from lib.nn.stream import Streaming, open_stream

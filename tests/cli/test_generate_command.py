@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.cli import main as cli
-from lib.data.tokenizer import load_tokenizer
+from lib.data.vocab.tokenizer import load_tokenizer
 from lib.export import saved
 from lib.export.generate import Sampling, generate
 from lib.export.hf import stop_ids

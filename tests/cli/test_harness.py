@@ -13,8 +13,8 @@ import torch
 from lib.cli import harness
 from lib.core.data_settings import SentencePieceTokenizer
 from lib.core.errors import UserError
-from lib.data import tokenizer as tokenizers
-from lib.data.spm import train_sentencepiece
+from lib.data.vocab import tokenizer as tokenizers
+from lib.data.vocab.spm import train_sentencepiece
 from lib.eval import cloze, core
 from lib.eval.bundle import Task, read_bundle, read_rows
 from lib.eval.prompts import make_examples

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from lib.core import files
 from lib.core.artifact import Manifest, describe, scratch_folder
 from lib.core.data_settings import Encoding
-from lib.data.bpe import SPECIALS
 from lib.data.encode import encode, plan_encoding
-from lib.data.tokenizer import Tokenizer, take_gpt2
 from lib.data.tokens import TokenStore
+from lib.data.vocab.bpe import SPECIALS
+from lib.data.vocab.tokenizer import Tokenizer, take_gpt2
 
 
 class ByteTokenizer:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lib.core.errors import InputError, UserError
-from lib.data import chat
 from lib.data.tokens import TokenStore
+from lib.data.vocab import chat
 from lib.train.inputs import Data, said
 from tests.data.encoding_double import ByteTokenizer, ChatTokenizer, encode_all, write_documents
 

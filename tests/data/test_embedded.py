@@ -12,7 +12,7 @@ import pytest
 from lib.core.data_settings import EmbeddedSource
 from lib.core.errors import EnvError
 from lib.core.process import worker_pool
-from lib.data import embedded
+from lib.data.raw import embedded
 from tests.conftest import HANG_S, ROOT
 
 LONG = "This sentence stands here so that the docstring is long enough to be taken. " * 2
@@ -151,7 +151,7 @@ def test_a_standard_package_is_read_without_importing_it():
         "import sys\n"
         "from lib.core.data_settings import EmbeddedSource\n"
         "from lib.core.process import worker_pool\n"
-        "from lib.data import embedded\n"
+        "from lib.data.raw import embedded\n"
         "source = EmbeddedSource(kind='embedded', packages=('pyarrow', 'datasets'))\n"
         "with worker_pool(1) as pool:\n"
         "    corpus = embedded.read(source, 1, pool)\n"

@@ -22,11 +22,12 @@ from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.data_settings import Dedup, Recipe
 from lib.core.errors import InputError, UserError
-from lib.data import documents, extract, lines, readers
+from lib.data import documents, extract
 from lib.data.documents import part_file, parts_of, read_documents
 from lib.data.extract import extract_texts
 from lib.data.ledger import LedgerError
-from lib.data.readers import Shard
+from lib.data.raw import lines, readers
+from lib.data.raw.readers import Shard
 from tests.data.test_dedup import edited, text_of
 
 LENIENT = {"max_drop_fraction": 1.0}

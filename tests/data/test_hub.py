@@ -16,8 +16,9 @@ from lib.core.data_settings import DownloadShards, HubDatasetSource, SampleShuff
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.process import worker_pool
 from lib.core.run_settings import Runtime
-from lib.data import chat, hub, sources
-from lib.data.shards import ShardFolder
+from lib.data.raw import hub, sources
+from lib.data.raw.shards import ShardFolder
+from lib.data.vocab import chat
 from tests.conftest import HANG_S, ROOT
 
 RUNTIME = Runtime(workers=1)
@@ -231,8 +232,8 @@ def test_a_host_out_of_reach_is_exit_4_and_torch_stays_out(tmp_path):
         "import sys\n"
         "from lib.core.data_settings import HubDatasetSource\n"
         "from lib.core.errors import EnvError\n"
-        "from lib.data import hub\n"
-        "from lib.data.shards import ShardFolder\n"
+        "from lib.data.raw import hub\n"
+        "from lib.data.raw.shards import ShardFolder\n"
         "keys = dict(kind='hf_dataset', text_field='text', max_train_samples=2,\n"
         "            max_eval_samples=1, eval_from_train=True)\n"
         "own = HubDatasetSource(repo='own.parquet', **keys)\n"

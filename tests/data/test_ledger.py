@@ -9,7 +9,7 @@ import pytest
 from lib.core.errors import InputError
 from lib.data.clean import CleanCounts
 from lib.data.ledger import Entry, Ledger, LedgerError
-from lib.data.lines import ReadCounts
+from lib.data.raw.lines import ReadCounts
 
 
 def balanced() -> Entry:

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.core.errors import InputError
-from lib.data import lines, readers
-from lib.data.lines import ReadCounts
-from lib.data.readers import Batch, LongText, Shard, read_shard
-from lib.data.strict_json import Rejected, field_chunks, field_of
+from lib.data.raw import lines, readers
+from lib.data.raw.lines import ReadCounts
+from lib.data.raw.readers import Batch, LongText, Shard, read_shard
+from lib.data.raw.strict_json import Rejected, field_chunks, field_of
 
 GOOD = b'{"text": "ok"}'
 

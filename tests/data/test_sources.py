@@ -29,8 +29,8 @@ from lib.core.data_settings import (
 from lib.core.errors import EnvError, InputError, SeveralErrors, UserError, report_lines
 from lib.core.process import worker_pool
 from lib.core.run_settings import Runtime
-from lib.data import embedded, remote, sources
-from lib.data.shards import ShardFolder, check_parquet, write_parquet
+from lib.data.raw import embedded, remote, sources
+from lib.data.raw.shards import ShardFolder, check_parquet, write_parquet
 from tests.conftest import HANG_S, ROOT
 from tests.core.hostile import HostileServer
 

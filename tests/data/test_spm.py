@@ -17,9 +17,9 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from lib.core.data_settings import SentencePieceTokenizer
 from lib.core.errors import InputError, UserError
-from lib.data import spm
-from lib.data.spm_file import read_spec, without_circumstances
-from lib.data.tokenizer import Tokenizer, build, load_tokenizer, measure
+from lib.data.vocab import spm
+from lib.data.vocab.spm_file import read_spec, without_circumstances
+from lib.data.vocab.tokenizer import Tokenizer, build, load_tokenizer, measure
 from tests.conftest import HANG_S, ROOT
 
 from .texts import HOSTILE, english, japanese, unicode_texts
@@ -127,7 +127,7 @@ def test_taking_out_the_circumstances_leaves_a_model_of_equal_pieces(lossless, s
 
 _CHILD = """
 import io, sys
-from lib.data import spm
+from lib.data.vocab import spm
 from tests.data.test_spm import section
 from tests.data.texts import HOSTILE, japanese
 texts = [*japanese(), *HOSTILE, "a" * 200_000, " " * 70_000, "\\n\\n"]
@@ -204,7 +204,7 @@ def test_an_error_of_the_text_source_arrives_as_it_was():
 _REAL = """
 import hashlib, sys
 from pathlib import Path
-from lib.data import spm
+from lib.data.vocab import spm
 from tests.data.test_spm import SIXTEEN, real_texts, section
 texts = real_texts(Path(sys.argv[1]), "train_0")
 made = spm.train_sentencepiece(iter(texts), section(**SIXTEEN, threads=2))

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer as HfTokenizer
 from lib.core import artifact, files
 from lib.core.data_settings import BpeTokenizer, Gpt2Tokenizer, SentencePieceTokenizer
 from lib.core.errors import EnvError, InputError, UserError
-from lib.data import bpe
-from lib.data.tokenizer import Tokenizer, build, load_tokenizer, measure, take_gpt2, train_bpe
+from lib.data.vocab import bpe
+from lib.data.vocab.tokenizer import Tokenizer, build, load_tokenizer, measure, take_gpt2, train_bpe
 
 from .texts import HOSTILE, english, japanese, unicode_texts
 
@@ -154,7 +154,7 @@ def test_merges_equal_the_rule_on_prose():
 _CHILD = """
 import sys
 from lib.core.data_settings import BpeTokenizer
-from lib.data.tokenizer import Tokenizer, train_bpe
+from lib.data.vocab.tokenizer import Tokenizer, train_bpe
 from tests.data.texts import english
 for trainer in ("rustbpe", "hf"):
     made = train_bpe(iter(english(40)), BpeTokenizer(

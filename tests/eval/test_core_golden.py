@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data.tokenizer import Tokenizer, take_gpt2
+from lib.data.vocab.tokenizer import Tokenizer, take_gpt2
 from lib.eval import core
 from lib.eval.batched import Answerer
 from lib.eval.bundle import BASELINES_V2, ORIGINALS, read_bundle, read_rows

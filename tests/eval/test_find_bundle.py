@@ -12,7 +12,7 @@ import pytest
 from lib.core.data_settings import ArchiveSource, DownloadShards
 from lib.core.errors import InputError, UserError
 from lib.core.run_settings import Core, Runtime
-from lib.data import sources
+from lib.data.raw import sources
 from lib.eval.bundle import read_bundle
 from lib.eval.inputs import bundle_identity, find_bundle
 from tests.eval.test_bundle import make

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lib.data.documents import read_documents, val_sha256
-from lib.data.tokenizer import load_tokenizer
+from lib.data.vocab.tokenizer import load_tokenizer
 from lib.eval import core, judge
 from lib.export.samples import PROMPTS, language_of
 from tests.conftest import ROOT

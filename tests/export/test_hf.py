@@ -15,8 +15,8 @@ import torch
 
 from lib.core.data_settings import BpeTokenizer
 from lib.core.errors import InputError, UserError
-from lib.data import chat
-from lib.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, write_tokenizer
+from lib.data.vocab import chat
+from lib.data.vocab.tokenizer import Tokenizer, load_tokenizer, train_bpe, write_tokenizer
 from lib.export import hf
 from lib.export.generate import Sampling, generate
 from lib.models import gpt, trm

@@ -28,7 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SIZES)
 def test_a_strangers_folder_gives_the_same_logits(name, tokenizer_folder, tmp_path):  # noqa: F811
     """The curvature of the schedule travels with the weights; loading must not start it anew."""
-    from lib.data.tokenizer import load_tokenizer
+    from lib.data.vocab.tokenizer import load_tokenizer
 
     tokenizer, family = load_tokenizer(tokenizer_folder), load_family(name)
     config = family.Config(**SIZES[name])

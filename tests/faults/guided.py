@@ -14,7 +14,12 @@ from pathlib import Path
 
 import atheris  # type: ignore[import-not-found]  # an extra
 
-OURS = ["lib.data.strict_json", "lib.data.spm_file", "lib.core.artifact", "lib.core.archive"]
+OURS = [
+    "lib.data.raw.strict_json",
+    "lib.data.vocab.spm_file",
+    "lib.core.artifact",
+    "lib.core.archive",
+]
 LIMITS = ["-timeout=5", "-rss_limit_mb=1024", "-max_len=4096", "-verbosity=0"]
 
 with atheris.instrument_imports(include=OURS):

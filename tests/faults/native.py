@@ -24,7 +24,7 @@ def safetensors(path: Path) -> None:
 
 def sentencepiece(path: Path) -> None:
     from lib.core.data_settings import SentencePieceTokenizer
-    from lib.data import tokenizer
+    from lib.data.vocab import tokenizer
 
     settings = SentencePieceTokenizer(kind="sentencepiece", documents="x", vocab_size=330)
     path.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from lib.core.data_settings import (
 )
 from lib.core.process import worker_pool
 from lib.core.run_settings import Runtime
-from lib.data import embedded, hub, remote, sources
+from lib.data.raw import embedded, hub, remote, sources
 from tests.core.hostile import HostileServer
 from tests.data.test_sources import NAMES, parquet
 from tests.faults.crash import enumerate_crashes

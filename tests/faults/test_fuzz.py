@@ -34,10 +34,10 @@ from lib.core import params
 from lib.core.archive import unpack
 from lib.core.artifact import FileEntry, Manifest
 from lib.core.errors import KumikiError
-from lib.data import spm_file
 from lib.data.ledger import ReadCounts
-from lib.data.readers import Shard, read_shard
-from lib.data.strict_json import Rejected, field_of
+from lib.data.raw.readers import Shard, read_shard
+from lib.data.raw.strict_json import Rejected, field_of
+from lib.data.vocab import spm_file
 from lib.train.checkpoint import read_tensors
 from tests.conftest import ROOT
 from tests.faults.tally import tally

@@ -11,7 +11,7 @@ import torch
 
 from lib.core.errors import UserError
 from lib.core.refusal import Refused
-from lib.data.tokenizer import load_tokenizer
+from lib.data.vocab.tokenizer import load_tokenizer
 from lib.export import hf
 from lib.export.generate import Sampling, generate
 from lib.models import ramgpt
@@ -240,7 +240,7 @@ def test_tokenizer_ids_are_gpt2s(shared):
     pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    from lib.data.bpe import take_gpt2
+    from lib.data.vocab.bpe import take_gpt2
 
     table = pq.read_table(shared / "data/en_shards/shard_00000.parquet", columns=["text"])
     texts = [t[:400] for t in table.column("text")[:1000].to_pylist()]

@@ -11,9 +11,9 @@ from pathlib import Path
 from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.data_settings import BpeTokenizer
-from lib.data import chat
-from lib.data import tokenizer as tokenizers
 from lib.data.encode import encode, plan_encoding
+from lib.data.vocab import chat
+from lib.data.vocab import tokenizer as tokenizers
 from tests.conftest import HANG_S, ROOT
 from tests.data import encoding_double as double
 from tests.data.texts import english

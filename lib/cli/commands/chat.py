@@ -18,7 +18,7 @@ from lib.cli.console import note, write
 from lib.cli.conversation import Conversation
 from lib.core import files
 from lib.core.errors import Interrupted, UserError, relative
-from lib.data.chat import IDS
+from lib.data.vocab.chat import IDS
 from lib.export import saved
 from lib.export.generate import Sampling
 from lib.export.saved import Opened

@@ -57,7 +57,7 @@ def open_named(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened
         warn=lambda text: note(f"warning: {text}"),
     )
     if arguments.tokenizer:
-        from lib.data.tokenizer import load_tokenizer
+        from lib.data.vocab.tokenizer import load_tokenizer
 
         given = load_tokenizer(Path(arguments.tokenizer)).fingerprint
         saved.require_tokenizer(given, opened.tokenizer.fingerprint, opened.folder)

@@ -18,7 +18,7 @@ import numpy as np
 from lib.core.errors import InputError, UserError
 
 if TYPE_CHECKING:  # reading a source needs no tokenizer
-    from lib.data.tokenizer import Tokenizer
+    from lib.data.vocab.tokenizer import Tokenizer
 
 TURN, BODY = "\uf8d0", "\uf8d1"  # before a role, before its content; cleaning keeps them
 JOIN = "chat"  # of a source, and the name of the one template

@@ -22,7 +22,7 @@ from lib.core.errors import InputError, Interrupted, KumikiError, UserError
 from lib.core.hosts import Policy, bare
 from lib.core.progress import progress
 from lib.core.run_settings import Runtime
-from lib.data.shards import ShardFolder, check_parquet
+from lib.data.raw.shards import ShardFolder, check_parquet
 
 Log = Callable[[str], None]
 Split = Literal["train", "val", "file"]

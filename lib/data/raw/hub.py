@@ -22,8 +22,8 @@ from lib.core.artifact import FileEntry
 from lib.core.data_settings import HubDatasetSource
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.progress import watched
-from lib.data import chat
-from lib.data.shards import ShardFolder, write_parquet
+from lib.data.raw.shards import ShardFolder, write_parquet
+from lib.data.vocab import chat
 
 SHARD_ROWS, ROW_GROUP = 8192, 1024
 _LOCAL = {"parquet": (".parquet",), "json": (".jsonl", ".jsonl.gz", ".json")}  # builder -> suffixes

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.core.errors import InputError
-from lib.data.lines import (
+from lib.data.raw.lines import (
     AGAIN,
     LONG,
     LongLine,
@@ -34,7 +34,7 @@ from lib.data.lines import (
     region,
     without_bom,
 )
-from lib.data.strict_json import MAX_DEPTH, MAX_DIGITS, Rejected, field_chunks, field_of
+from lib.data.raw.strict_json import MAX_DEPTH, MAX_DIGITS, Rejected, field_chunks, field_of
 
 try:
     from orjson import loads as quick_loads

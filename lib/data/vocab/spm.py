@@ -26,7 +26,7 @@ import numpy as np
 
 from lib.core.data_settings import SentencePieceTokenizer
 from lib.core.errors import InputError, UserError
-from lib.data.spm_file import (
+from lib.data.vocab.spm_file import (
     BPE,
     BYTE,
     CONTROL,

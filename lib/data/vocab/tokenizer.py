@@ -25,9 +25,9 @@ from lib.core import artifact, files
 from lib.core.data_settings import BpeTokenizer, Gpt2Tokenizer
 from lib.core.data_settings import Tokenizer as Settings
 from lib.core.errors import InputError, UserError
-from lib.data.bpe import BpeModel, cut_runs, read_bpe, take_gpt2, train_bpe
-from lib.data.spm import MODEL_FILE as SPM_FILE
-from lib.data.spm import SpmModel, take_sentencepiece, train_sentencepiece
+from lib.data.vocab.bpe import BpeModel, cut_runs, read_bpe, take_gpt2, train_bpe
+from lib.data.vocab.spm import MODEL_FILE as SPM_FILE
+from lib.data.vocab.spm import SpmModel, take_sentencepiece, train_sentencepiece
 
 __all__ = [
     "Tokenizer",

@@ -17,8 +17,8 @@ from lib.core import files
 from lib.core.artifact import FileEntry
 from lib.core.data_settings import ArchiveSource, JsonlSource, ParquetSource, Source, TextSource
 from lib.core.errors import InputError, KumikiError, UserError, raise_all
-from lib.data.remote import read_checksums
-from lib.data.shards import ShardFolder, check_parquet
+from lib.data.raw.remote import read_checksums
+from lib.data.raw.shards import ShardFolder, check_parquet
 
 Split = Literal["train", "val", "both", "file"]
 

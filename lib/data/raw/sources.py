@@ -31,11 +31,11 @@ from lib.core.data_settings import (
 from lib.core.errors import InputError, KumikiError, SeveralErrors, UserError, raise_all
 from lib.core.process import PoolMap, worker_pool
 from lib.core.run_settings import Runtime
-from lib.data import embedded, hub, local, remote
-from lib.data.shards import ShardFolder, write_parquet
+from lib.data.raw import embedded, hub, local, remote
+from lib.data.raw.shards import ShardFolder, write_parquet
 
 if TYPE_CHECKING:
-    from lib.data.readers import Shard
+    from lib.data.raw.readers import Shard
 
 REVISION = 1  # of the layout of what is materialised here: part of every identity
 Log = Callable[[str], None]
@@ -317,7 +317,7 @@ def ensure_shards(
 
 def _shards_of(name: str, folder: ShardFolder, entry: FileEntry) -> list[Shard]:
     """How one file is read: once, or once for each split when its lines are divided."""
-    from lib.data.readers import Shard
+    from lib.data.raw.readers import Shard
 
     identity, extra = folder.identity, _extra(entry)
     kind = {"jsonl_gz": "jsonl", "txt": "txt"}.get(identity["kind"], "parquet")

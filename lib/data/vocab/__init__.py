@@ -1,0 +1,1 @@
+"""Between text and ids: tokenizers of every kind, and the frame of conversations."""
