@@ -261,6 +261,17 @@ def test_a_profiles_own_runs_have_rows_as_long_as_their_models_context(monkeypat
         require_context(encoding.context, model)
 
 
+@pytest.mark.parametrize("profile", params.read_yaml(ROOT / "params.yaml")["profiles"])
+def test_a_profiles_own_runs_can_be_planned(monkeypatch, profile):
+    """Horizon, warm-up and batch fit the size; what `kumiki estimate --profile` says of each."""
+    settings = shipped(monkeypatch, profile)
+    costs = [
+        estimate.train_cost(settings, name, machines.TABLE["h200"])
+        for name in estimate.runs_of(settings)
+    ]
+    assert costs and all(dict(cost.facts)["parameters"] > 0 for cost in costs)
+
+
 def test_reference_point_nanochat_d20(monkeypatch):
     cost = estimate.train_cost(shipped(monkeypatch, "nanochat_d20"), "gpt", machines.TABLE["h200"])
     facts = dict(cost.facts)
