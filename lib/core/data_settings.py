@@ -25,9 +25,10 @@ class EmbeddedSource:
 
     def __post_init__(self) -> None:
         refuse(
-            (not self.packages, "packages", self.packages, "name at least one package"),
-            (self.min_chars < 1, "min_chars", self.min_chars, "use 1 or more"),
-            (not 0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "use 0 < x < 1"),
+            self,
+            (not self.packages, "packages", "name at least one package"),
+            (self.min_chars < 1, "min_chars", "use 1 or more"),
+            (not 0 < self.val_fraction < 1, "val_fraction", "use 0 < x < 1"),
         )
 
 
@@ -55,30 +56,15 @@ class ParquetSource:
         http = self.repo is not None or "{repo}" not in self.pattern
         local = bool(self.train)
         refuse(
-            (
-                http == local,
-                "repo",
-                self.repo,
-                "give either repo (or a pattern of its own) or train",
-            ),
-            (
-                local and not self.val,
-                "val",
-                self.val,
-                "name the validation file; it is never guessed",
-            ),
-            (http and not self.count, "count", self.count, "say how many shards the host has"),
-            (
-                http and not self.val_name,
-                "val_name",
-                self.val_name,
-                "pin the validation shard by name",
-            ),
-            (http and (self.shards or 0) < 1, "shards", self.shards, "use 1 or more"),
+            self,
+            (http == local, "repo", "give either repo (or a pattern of its own) or train"),
+            (local and not self.val, "val", "name the validation file; it is never guessed"),
+            (http and not self.count, "count", "say how many shards the host has"),
+            (http and not self.val_name, "val_name", "pin the validation shard by name"),
+            (http and (self.shards or 0) < 1, "shards", "use 1 or more"),
             (
                 bool(http and self.count and self.shards and self.shards > self.count - 1),
                 "shards",
-                self.shards,
                 f"at most {(self.count or 0) - 1}: one of {self.count} is the validation shard",
             ),
         )
@@ -114,18 +100,13 @@ class HubDatasetSource:
     def __post_init__(self) -> None:
         both = (self.text_field is None) == (self.messages_field is None)
         refuse(
-            (both, "text_field", self.text_field, "give either text_field or messages_field"),
-            (
-                self.max_train_samples < 1,
-                "max_train_samples",
-                self.max_train_samples,
-                "use 1 or more",
-            ),
-            (self.max_eval_samples < 1, "max_eval_samples", self.max_eval_samples, "use 1 or more"),
+            self,
+            (both, "text_field", "give either text_field or messages_field"),
+            (self.max_train_samples < 1, "max_train_samples", "use 1 or more"),
+            (self.max_eval_samples < 1, "max_eval_samples", "use 1 or more"),
             (
                 "{content}" not in self.join and self.join != "chat",
                 "join",
-                self.join,
                 "it must contain {content}, or be chat",
             ),
         )
@@ -144,8 +125,9 @@ class JsonlSource:
 
     def __post_init__(self) -> None:
         refuse(
-            (not self.train, "train", self.train, "name at least one file"),
-            (not self.val, "val", self.val, "name the validation files; they are never guessed"),
+            self,
+            (not self.train, "train", "name at least one file"),
+            (not self.val, "val", "name the validation files; they are never guessed"),
             (
                 bool(set(self.train) & set(self.val)),
                 "val",
@@ -169,9 +151,10 @@ class TextSource:
         one = bool(self.val) != (self.val_fraction is not None)
         fraction = self.val_fraction if self.val_fraction is not None else 0.5
         refuse(
-            (not self.paths, "paths", self.paths, "name at least one file or folder"),
-            (not one, "val", self.val, "give either val or val_fraction"),
-            (not 0 < fraction < 1, "val_fraction", fraction, "use 0 < x < 1"),
+            self,
+            (not self.paths, "paths", "name at least one file or folder"),
+            (not one, "val", "give either val or val_fraction"),
+            (not 0 < fraction < 1, "val_fraction", "use 0 < x < 1"),
         )
 
 
@@ -204,7 +187,8 @@ class ArchiveSource:
 
     def __post_init__(self) -> None:
         refuse(
-            ((self.url is None) == (self.path is None), "url", self.url, "give either url or path"),
+            self,
+            ((self.url is None) == (self.path is None), "url", "give either url or path"),
         )
 
 
@@ -253,24 +237,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         refuse(
-            (not self.sources, "sources", dict(self.sources), "name at least one source"),
+            self,
+            (not self.sources, "sources", "name at least one source"),
             *(
                 (not weight > 0, f"sources.{name}", weight, "weights are above 0")
                 for name, weight in self.sources.items()
             ),
-            (self.min_chars < 1, "min_chars", self.min_chars, "use 1 or more"),
-            (self.max_chars < self.min_chars, "max_chars", self.max_chars, "at least min_chars"),
-            (
-                not 0 <= self.max_drop_fraction <= 1,
-                "max_drop_fraction",
-                self.max_drop_fraction,
-                "use 0 to 1",
-            ),
-            (self.max_epochs < 1, "max_epochs", self.max_epochs, "use 1 or more"),
+            (self.min_chars < 1, "min_chars", "use 1 or more"),
+            (self.max_chars < self.min_chars, "max_chars", "at least min_chars"),
+            (not 0 <= self.max_drop_fraction <= 1, "max_drop_fraction", "use 0 to 1"),
+            (self.max_epochs < 1, "max_epochs", "use 1 or more"),
             (
                 self.max_epochs > 1 and self.on_exhausted != "repeat",
                 "max_epochs",
-                self.max_epochs,
                 "only on_exhausted: repeat sees a source twice",
             ),
         )
@@ -300,12 +279,12 @@ class BpeTokenizer:
 
     def __post_init__(self) -> None:
         refuse(
-            (self.vocab_size < 265, "vocab_size", self.vocab_size, "at least 265 = 256 bytes + 9"),
-            (self.doc_cap < 1, "doc_cap", self.doc_cap, "use 1 or more"),
+            self,
+            (self.vocab_size < 265, "vocab_size", "at least 265 = 256 bytes + 9"),
+            (self.doc_cap < 1, "doc_cap", "use 1 or more"),
             (
                 not 1 <= self.max_chars <= 2_000_000_000,
                 "max_chars",
-                self.max_chars,
                 "at most 2e9: the trainer counts in 32 bits",
             ),
         )
@@ -326,15 +305,11 @@ class SentencePieceTokenizer:
 
     def __post_init__(self) -> None:
         refuse(
-            (self.vocab_size < 300, "vocab_size", self.vocab_size, "use 300 or more"),
-            (
-                not 0.9 <= self.character_coverage <= 1,
-                "character_coverage",
-                self.character_coverage,
-                "use 0.9 to 1",
-            ),
-            (self.sample_bytes < 1000, "sample_bytes", self.sample_bytes, "use 1000 or more"),
-            (self.threads < 1, "threads", self.threads, "use 1 or more"),
+            self,
+            (self.vocab_size < 300, "vocab_size", "use 300 or more"),
+            (not 0.9 <= self.character_coverage <= 1, "character_coverage", "use 0.9 to 1"),
+            (self.sample_bytes < 1000, "sample_bytes", "use 1000 or more"),
+            (self.threads < 1, "threads", "use 1 or more"),
         )
 
 
@@ -349,7 +324,7 @@ class Gpt2Tokenizer:
     vocab_size: int = 50_257
 
     def __post_init__(self) -> None:
-        refuse((self.vocab_size != 50_257, "vocab_size", self.vocab_size, "GPT-2 has 50257"))
+        refuse(self, (self.vocab_size != 50_257, "vocab_size", "GPT-2 has 50257"))
 
 
 Tokenizer = BpeTokenizer | SentencePieceTokenizer | Gpt2Tokenizer
@@ -378,19 +353,18 @@ class Encoding:
 
     def __post_init__(self) -> None:
         refuse(
-            (self.context < 2, "context", self.context, "use 2 or more"),
-            (self.buffer < 1, "buffer", self.buffer, "use 1 or more"),
-            (self.n_tasks < 1, "n_tasks", self.n_tasks, "use 1 or more"),
+            self,
+            (self.context < 2, "context", "use 2 or more"),
+            (self.buffer < 1, "buffer", "use 1 or more"),
+            (self.n_tasks < 1, "n_tasks", "use 1 or more"),
             (
                 self.truncate_tokens is not None and self.truncate_tokens < 1,
                 "truncate_tokens",
-                self.truncate_tokens,
                 "use 1 or more, or null",
             ),
             (
                 self.max_tokens is not None and self.max_tokens < 1,
                 "max_tokens",
-                self.max_tokens,
                 "use 1 or more, or null",
             ),
             (
@@ -398,7 +372,6 @@ class Encoding:
                 and self.crop == "requeue"
                 and self.boundary in ("none", "eos"),
                 "crop",
-                self.crop,
                 "requeue puts the boundary id in front: use boundary bos or both",
             ),
         )
@@ -464,13 +437,13 @@ class Embeddings:
 
     def __post_init__(self) -> None:
         refuse(
-            (self.chunk_tokens < 1, "chunk_tokens", self.chunk_tokens, "use 1 or more"),
-            (self.random.width < 1, "random.width", self.random.width, "use 1 or more"),
+            self,
+            (self.chunk_tokens < 1, "chunk_tokens", "use 1 or more"),
+            (self.random.width < 1, "random.width", "use 1 or more"),
             *(
-                ((getattr(self.hidden, n) or 1) < 1, f"hidden.{n}", getattr(self.hidden, n),
-                 "use 1 or more, or null")
+                ((getattr(self.hidden, n) or 1) < 1, f"hidden.{n}", "use 1 or more, or null")
                 for n in ("layer", "context")
             ),
-            (self.source == "hidden" and self.mode == "gather", "mode", "gather",
+            (self.source == "hidden" and self.mode == "gather", "mode",
              "hidden states are no function of the id: use mode: memmap"),
         )  # fmt: skip

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-Check = tuple[bool, str, object, str]  # is wrong, key, value, remedy
+from operator import attrgetter
+
+# Is wrong, key, remedy; the value is the attribute `key`, dotted where it lies further in. A check
+# of something else (one item of a list, a name in a mapping) gives the value before the remedy.
+Check = tuple[bool, str, str] | tuple[bool, str, object, str]
 
 
 class Refused(ValueError):
@@ -13,8 +17,14 @@ class Refused(ValueError):
         super().__init__("; ".join(f"{key}: {value}; {remedy}" for key, value, remedy in problems))
 
 
-def refuse(*checks: Check) -> None:
+def refuse(settings: object, *checks: Check) -> None:
     """Raise `Refused` with every check whose first element is true."""
-    problems = [(key, value, remedy) for bad, key, value, remedy in checks if bad]
+    problems: list[tuple[str, object, str]] = []
+    for check in checks:
+        bad, key, remedy = check[0], check[1], check[-1]
+        # Read where nothing is wrong too: a misspelt key fails at once, not at a user's first slip.
+        value = attrgetter(key)(settings) if len(check) == 3 else check[2]
+        if bad:
+            problems.append((key, value, remedy))
     if problems:
         raise Refused(problems)

@@ -25,8 +25,9 @@ class Controls:
 
     def __post_init__(self) -> None:
         refuse(
-            (self.tokens < 1, "tokens", self.tokens, "use 1 or more"),
-            (self.seeds < 1, "seeds", self.seeds, "use 1 or more"),
+            self,
+            (self.tokens < 1, "tokens", "use 1 or more"),
+            (self.seeds < 1, "seeds", "use 1 or more"),
         )
 
 
@@ -90,71 +91,53 @@ class Train:
         shares = ("beta1", "beta2", "ema_decay")
         batch = self.batch_tokens
         refuse(
-            *((getattr(self, n) < 0, n, getattr(self, n), "use 0 or more") for n in counts),
+            self,
+            *((getattr(self, n) < 0, n, "use 0 or more") for n in counts),
             *(
-                (x is not None and not x > 0, n, x, "use a number above 0, or null")
+                (x is not None and not x > 0, n, "use a number above 0, or null")
                 for n, x in ((n, getattr(self, n)) for n in lengths)
             ),
-            *(
-                (not 0 <= getattr(self, n) < 1, n, getattr(self, n), "use 0 <= x < 1")
-                for n in shares
-            ),
+            *((not 0 <= getattr(self, n) < 1, n, "use 0 <= x < 1") for n in shares),
             (
                 self.patience is not None and (self.patience < 1 or not self.eval_every),
                 "patience",
-                self.patience,
                 "use 1 or more, and eval_every above 0",
             ),
-            (isinstance(batch, int) and batch < 1, "batch_tokens", batch, "use 1 or more"),
+            (isinstance(batch, int) and batch < 1, "batch_tokens", "use 1 or more"),
             (
                 self.epochs is not None and (self.steps is not None or not isinstance(batch, int)),
                 "epochs",
-                self.epochs,
                 "give it without steps, and with a number of batch_tokens",
             ),
             *(
-                (
-                    any(not 0 < x <= 1 for x in getattr(self, n)),
-                    n,
-                    getattr(self, n),
-                    "use 0 < x <= 1",
-                )
+                (any(not 0 < x <= 1 for x in getattr(self, n)), n, "use 0 < x <= 1")
                 for n in ("batch_ramp", "context_ramp")
             ),
             (
                 bool(self.batch_ramp) and self.skip_steps > 0,
                 "skip_steps",
-                self.skip_steps,
                 "use 0 with batch_ramp: steps have no one size to leave out",
             ),
-            (self.adamw_every < 1, "adamw_every", self.adamw_every, "use 1 or more"),
+            (self.adamw_every < 1, "adamw_every", "use 1 or more"),
             (
                 self.adamw_every > 1 and self.optimizer == "adamw8bit",
                 "adamw_every",
-                self.adamw_every,
                 "use 1 with adamw8bit",
             ),
             (
                 self.weights == "bf16_sr" and self.precision not in ("auto", "bf16"),
                 "precision",
-                self.precision,
                 "use bf16 with weights: bf16_sr",
             ),
-            (not self.lr > 0, "lr", self.lr, "use a number above 0"),
-            (not self.eps > 0, "eps", self.eps, "use a number above 0"),
-            (self.weight_decay < 0, "weight_decay", self.weight_decay, "use 0 or more"),
-            ((self.grad_clip or 0) < 0, "grad_clip", self.grad_clip, "use 0 (off) or more"),
-            (
-                not 0 <= self.warmdown_ratio <= 1,
-                "warmdown_ratio",
-                self.warmdown_ratio,
-                "use 0 to 1",
-            ),
-            (not 0 <= self.final_lr <= 1, "final_lr", self.final_lr, "use 0 to 1"),
+            (not self.lr > 0, "lr", "use a number above 0"),
+            (not self.eps > 0, "eps", "use a number above 0"),
+            (self.weight_decay < 0, "weight_decay", "use 0 or more"),
+            ((self.grad_clip or 0) < 0, "grad_clip", "use 0 (off) or more"),
+            (not 0 <= self.warmdown_ratio <= 1, "warmdown_ratio", "use 0 to 1"),
+            (not 0 <= self.final_lr <= 1, "final_lr", "use 0 to 1"),
             (
                 self.steps is not None and self.warmup > self.steps,
                 "warmup",
-                self.warmup,
                 f"at most steps, {self.steps}",
             ),
         )
@@ -177,8 +160,9 @@ class Hub:
 
     def __post_init__(self) -> None:
         refuse(
-            (self.repo.count("/") != 1, "repo", self.repo, "write owner/name"),
-            (self.every_steps < 1, "every_steps", self.every_steps, "use 1 or more"),
+            self,
+            (self.repo.count("/") != 1, "repo", "write owner/name"),
+            (self.every_steps < 1, "every_steps", "use 1 or more"),
         )
 
 
@@ -240,59 +224,45 @@ class Runtime:
         kernels = self.kernels if isinstance(self.kernels, Mapping) else {}
         choices, known = ", ".join(CHOICES), ("default", *OPERATORS)
         refuse(
+            self,
             *((n not in known, f"kernels.{n}", n, f"choose {', '.join(known)}") for n in kernels),
             *(
                 (x not in CHOICES, f"kernels.{n}", x, f"choose {choices}")
                 for n, x in kernels.items()
             ),
-            (isinstance(rows, int) and rows < 1, "device_batch_size", rows, "use 1 or more"),
-            (self.stream_slots < 2, "stream_slots", self.stream_slots, "use 2 or more"),
+            (isinstance(rows, int) and rows < 1, "device_batch_size", "use 1 or more"),
+            (self.stream_slots < 2, "stream_slots", "use 2 or more"),
             (
                 isinstance(self.stream_group, int) and self.stream_group < 1,
                 "stream_group",
-                self.stream_group,
                 "use auto, or 1 or more",
             ),
-            (
-                not 0 <= self.stream_resident <= 1,
-                "stream_resident",
-                self.stream_resident,
-                "use 0 to 1",
-            ),
+            (not 0 <= self.stream_resident <= 1, "stream_resident", "use 0 to 1"),
             (
                 self.device_memory_gb is not None and not self.device_memory_gb > 0,
                 "device_memory_gb",
-                self.device_memory_gb,
                 "use a number above 0, or null",
             ),
-            (self.log_every < 1, "log_every", self.log_every, "use 1 or more"),
-            (
-                self.checkpoint_every_steps < 1,
-                "checkpoint_every_steps",
-                self.checkpoint_every_steps,
-                "use 1 or more",
-            ),
+            (self.log_every < 1, "log_every", "use 1 or more"),
+            (self.checkpoint_every_steps < 1, "checkpoint_every_steps", "use 1 or more"),
             (
                 not self.checkpoint_every_minutes > 0,
                 "checkpoint_every_minutes",
-                self.checkpoint_every_minutes,
                 "use a number above 0",
             ),
             (
                 self.keep_last < 2,
                 "keep_last",
-                self.keep_last,
                 "use 2 or more: a damaged checkpoint needs an older one behind it",
             ),
-            (self.threads < 1, "threads", self.threads, "use 1 or more"),
-            (self.workers < 1, "workers", self.workers, "use 1 or more"),
+            (self.threads < 1, "threads", "use 1 or more"),
+            (self.workers < 1, "workers", "use 1 or more"),
             (
                 self.eval_tokens is not None and self.eval_tokens < 1,
                 "eval_tokens",
-                self.eval_tokens,
                 "use 1 or more, or null",
             ),
-            (self.download_workers < 1, "download_workers", self.download_workers, "use 1 or more"),
+            (self.download_workers < 1, "download_workers", "use 1 or more"),
         )
 
 
@@ -307,7 +277,7 @@ class BitsPerByte:
 
     def __post_init__(self) -> None:
         bad = self.stride is not None and self.stride < 1
-        refuse((bad, "stride", self.stride, "use 1 or more, or null"))
+        refuse(self, (bad, "stride", "use 1 or more, or null"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,9 +292,10 @@ class Core:
     def __post_init__(self) -> None:
         limit, ways = self.max_context, "name a folder with core.yaml, or a source of kind archive"
         refuse(
-            (self.enabled is True and not self.bundle, "bundle", self.bundle, ways),
-            (self.max_per_task < 0, "max_per_task", self.max_per_task, "use 0 (all) or more"),
-            (limit is not None and limit < 2, "max_context", limit, "use 2 or more, or null"),
+            self,
+            (self.enabled is True and not self.bundle, "bundle", ways),
+            (self.max_per_task < 0, "max_per_task", "use 0 (all) or more"),
+            (limit is not None and limit < 2, "max_context", "use 2 or more, or null"),
         )
 
 
@@ -336,7 +307,7 @@ class Cloze:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        refuse((self.items < 0, "items", self.items, "use 0 (off) or more"))
+        refuse(self, (self.items < 0, "items", "use 0 (off) or more"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class Settings:
     export: Export = field(default_factory=Export)
 
     def __post_init__(self) -> None:
-        refuse(*self._names())
+        refuse(self, *self._names())
 
     def _names(self) -> Iterator[Check]:
         """Names that other sections declare: (is wrong, key, value, remedy) of each."""

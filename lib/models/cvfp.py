@@ -138,34 +138,33 @@ class Config:
         weights = ("fixed_point", "diversity", "memory", "noise")
         jacobi, first = get("solver") == "jacobi", self.phase == "fixed_point"
         refuse(
+            self,
             *(
-                (self.seed_compat and own[n] not in (None, CHOICES[n][1]), n, own[n],
+                (self.seed_compat and own[n] not in (None, CHOICES[n][1]), n,
                  f"contradicts seed_compat, whose {n} is {CHOICES[n][1]}")
                 for n in fixed
             ),
-            *(((getattr(self, n) or 1) < 1, n, getattr(self, n), "use 1 or more")
-              for n in (*sizes, *counts)),
-            *((get(n) < 0, n, get(n), "use 0 or more") for n in weights),
-            (get("history") not in (0, 1, 2), "history", get("history"), "use 0, 1 or 2"),
+            *(((getattr(self, n) or 1) < 1, n, "use 1 or more") for n in (*sizes, *counts)),
+            *((get(n) < 0, n, "use 0 or more") for n in weights),
+            (get("history") not in (0, 1, 2), "history", "use 0, 1 or 2"),
             *((x not in DEFECTS, "seed_defects", x, f"choose of {', '.join(DEFECTS)}")
               for x in self.seed_defects),
             (bool(self.seed_defects) and not self.seed_compat, "seed_defects",
              ", ".join(self.seed_defects), "only with seed_compat: true"),
-            (self.solver == "deer", "solver", "deer", "it is not built; use exact or jacobi"),
-            (get("solver") == "exact" and get("reset") == "never" and first, "solver", "exact",
+            (self.solver == "deer", "solver", "it is not built; use exact or jacobi"),
+            (get("solver") == "exact" and get("reset") == "never" and first, "solver",
              "one stream (reset: never) has no documents to step in parallel; use jacobi"),
-            (jacobi and own["grad"] == "bptt", "grad", "bptt",
+            (jacobi and own["grad"] == "bptt", "grad",
              "jacobi's gradient is one step long; use grad: stale or solver: exact"),
-            (not jacobi and own["sweeps"] is not None, "sweeps", self.sweeps,
+            (not jacobi and own["sweeps"] is not None, "sweeps",
              "sweeps are jacobi's; give steps, or solver: jacobi"),
-            (jacobi and first and (get("sweeps") or 0) < 2, "sweeps", get("sweeps"),
-             "use 2 or more"),
+            (jacobi and first and (get("sweeps") or 0) < 2, "sweeps", "use 2 or more"),
             (first and not any(get(n) > 0 for n in weights[:3]), "fixed_point, diversity, memory",
              0, "one weight must be above 0"),
             (self.memory_kind == "predict" and not self.horizons, "horizons", "[]", "name one"),
-            (self.hidden is not None and self.train_embedding, "train_embedding", True,
+            (self.hidden is not None and self.train_embedding, "train_embedding",
              "hidden states have no table to learn"),
-            (not 0 < self.halo_tol < 1, "halo_tol", self.halo_tol, "use 0 < x < 1"),
+            (not 0 < self.halo_tol < 1, "halo_tol", "use 0 < x < 1"),
         )  # fmt: skip
 
     def get(self, name: str) -> Any:

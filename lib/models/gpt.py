@@ -144,31 +144,33 @@ class Config:
         s = self.switches
         sizes = ("depth", "aspect_ratio", "head_dim", "width", "heads", "kv_heads", "mlp_ratio")
         refuse(
-            *((_below(getattr(self, n), 1), n, getattr(self, n), "use 1 or more") for n in sizes),
-            (self.variant not in VARIANTS, "variant", self.variant, "use base or modern"),
-            (self.context < 2, "context", self.context, "use 2 or more"),
-            (s.vocab_pad < 1, "vocab_pad", s.vocab_pad, "use 1 or more"),
-            (s.bigram != 0 and s.bigram < 2, "bigram", s.bigram, "use 0 for off, or 2 or more"),
-            (self.window_warmup < 0, "window_warmup", self.window_warmup, "use 0 or more"),
-            ((self.width is None) != (self.heads is None), "width", self.width,
+            self,
+            *((_below(getattr(self, n), 1), n, "use 1 or more") for n in sizes),
+            (self.variant not in VARIANTS, "variant", "use base or modern"),
+            (self.context < 2, "context", "use 2 or more"),
+            (s.vocab_pad < 1, "vocab_pad", "use 1 or more"),
+            (s.bigram != 0 and s.bigram < 2, "bigram", "use 0 for off, or 2 or more"),
+            (self.window_warmup < 0, "window_warmup", "use 0 or more"),
+            ((self.width is None) != (self.heads is None), "width",
              "give both width and heads, or neither"),
-            (bool(set(s.windows) - {"S", "L"}) or not s.windows, "windows", s.windows,
+            (bool(set(s.windows) - {"S", "L"}) or not s.windows, "windows",
              f"use the letters S and L{_other_letters(s.windows)}"),
-            (not s.rope_theta > 0, "rope_theta", s.rope_theta, "use a number above 0"),
-            (s.softcap < 0, "softcap", s.softcap, "use 0 for off, or a number above 0"),
+            (not s.rope_theta > 0, "rope_theta", "use a number above 0"),
+            (s.softcap < 0, "softcap", "use 0 for off, or a number above 0"),
             (self.loss_chunk != "auto" and _below(self.loss_chunk, 1), "loss_chunk",
-             self.loss_chunk, "use auto, or 1 or more"),
+             "use auto, or 1 or more"),
             (self.embedding_dtype not in ("float32", "bfloat16"), "embedding_dtype",
-             self.embedding_dtype, "use float32 or bfloat16; no scaler could unscale float16"),
+             "use float32 or bfloat16; no scaler could unscale float16"),
         )  # fmt: skip
         d, H, K = self.shape
         key = "width" if self.width else "depth"
         fix = f"nearest: {', '.join(map(str, _near(self, key)))}" if not _fits(d, H) else ""
         whole = [k for k in range(1, H + 1) if H % k == 0]
         refuse(
-            (not _fits(d, H), key, getattr(self, key),
+            self,
+            (not _fits(d, H), key,
              f"width {d} must split into {H} heads of even width; {fix}"),
-            (H % K != 0, "kv_heads", K, f"must divide {H} heads: {', '.join(map(str, whole))}"),
+            (H % K != 0, "kv_heads", f"must divide {H} heads: {', '.join(map(str, whole))}"),
         )  # fmt: skip
 
     @property

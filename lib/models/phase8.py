@@ -52,10 +52,11 @@ class Config:
         sizes = ("width", "depth", "heads", "key_width", "d_ff", "context", "tt_rank")
         near = [x for x in range(max(1, d - H), d + H + 1) if H > 0 and x % H == 0]
         refuse(
-            *((getattr(self, n) < 1, n, getattr(self, n), "use 1 or more") for n in sizes),
-            (H > 0 and d % H != 0, "width", d,
+            self,
+            *((getattr(self, n) < 1, n, "use 1 or more") for n in sizes),
+            (H > 0 and d % H != 0, "width",
              f"must split into {H} heads; nearest: {', '.join(map(str, near))}"),
-            (not self.tt_lr > 0, "tt_lr", self.tt_lr, "use a number above 0"),
+            (not self.tt_lr > 0, "tt_lr", "use a number above 0"),
         )  # fmt: skip
 
 

@@ -43,13 +43,14 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes = ("depth", "width", "heads", "context")
-        refuse(*((getattr(self, n) < 1, n, getattr(self, n), "use 1 or more") for n in sizes))
+        refuse(self, *((getattr(self, n) < 1, n, "use 1 or more") for n in sizes))
         low, high = self.width // self.heads * self.heads, -(-self.width // self.heads) * self.heads
         near = f"nearest: {high}" if low in (0, high) else f"nearest: {low}, {high}"
         refuse(
-            (self.width % self.heads != 0, "width", self.width,
+            self,
+            (self.width % self.heads != 0, "width",
              f"must split into {self.heads} heads; {near}"),
-            (not 0 <= self.dropout < 1, "dropout", self.dropout, "use 0 <= x < 1"),
+            (not 0 <= self.dropout < 1, "dropout", "use 0 <= x < 1"),
         )  # fmt: skip
 
 
