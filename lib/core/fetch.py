@@ -2,47 +2,35 @@
 
 In:    a URL, a target, what is known of the file (size, sha256), a `Policy` (lib.core.hosts).
 Out:   the file under its name and what it turned out to be, or one of our errors and no file.
-State: `<name>.part` and `<name>.part.json`, a note of the URL, the strong ETag and the total. Bytes
-       are appended only to what that note describes; any doubt starts again from zero.
-Order: append -> fsync -> size, sha256, the caller's check -> rename (data.md 3.4).
-Note:  a transfer that broke is tried `attempts` times, content that was wrong from start to end
+Rule:  lib.core.transfer brings one file; how often, how long and how many at once stands here. A
+       transfer that broke is tried `attempts` times, content that was wrong from start to end
        `CONTENT_ATTEMPTS` times: the second is rarely chance, and costs the whole file each time.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
-from lib.core import files, growing
+from lib.core import files
 from lib.core.errors import (
     EnvError,
     InputError,
     Interrupted,
     KumikiError,
-    UserError,
     raise_all,
     shorten,
 )
 from lib.core.hosts import Log, Policy, Stop, Trouble, bare, never, show
-from lib.core.request import SERVER_FAULT, Answer, Watch, ask, check_status
+from lib.core.request import Watch, ask, check_status
+from lib.core.transfer import MAX_BYTES, Fetched, Job, Rejected, Transfer, Verify, beside
 
-MAX_BYTES = 2 << 30
 CONTENT_ATTEMPTS = 3
-AGAIN = "run the same command to fetch it again"
-_BLOCK = 1 << 18  # bytes of one read
-_SYNC_BYTES = 32 << 20  # a power loss costs at most this much of a download
-_HEX64 = re.compile(r"[0-9a-f]{64}")
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
-
-Origin = Literal["pinned", "server", "first_use"]
-Verify = Callable[[Path], None]  # raises InputError unless the file is what it should be
 T = TypeVar("T")
 
 
@@ -55,29 +43,6 @@ class Remote:
     etag: str | None
     sha256: str | None  # of an LFS object, from the hub
     commit: str | None  # that a revision such as `main` stands for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fetched:
-    """A file under its final name. origin: who vouches for the sha256 (data.md 3.1)."""
-
-    bytes: int
-    sha256: str
-    etag: str | None
-    origin: Origin
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One file that `fetch_all` brings; the fields are the arguments of `fetch`."""
-
-    url: str
-    target: Path
-    size: int | None = None
-    sha256: str | None = None
-    max_bytes: int = MAX_BYTES
-    verify: Verify | None = None
-    received: Callable[[int], None] = lambda count: None  # the bytes of a block, in some thread
 
 
 def head(url: str, policy: Policy, *, log: Log, should_stop: Stop = never) -> Remote:
@@ -94,12 +59,12 @@ def head(url: str, policy: Policy, *, log: Log, should_stop: Stop = never) -> Re
             if "x-linked-size" not in answer.linked or answer.status >= 400:
                 check_status(answer, policy, (200, 204, 405, 501))  # some hosts know no HEAD
             plain = answer.status == 200
-            linked_size = _count(answer.linked.get("x-linked-size"))
+            linked = answer.linked_size
             return Remote(
                 url=bare(url),
-                size=linked_size if linked_size is not None or not plain else _length(answer),
+                size=linked if linked is not None or not plain else answer.body_bytes,
                 etag=answer.headers.get("etag") if plain else None,
-                sha256=_linked_sha256(answer),
+                sha256=answer.linked_sha256,
                 commit=answer.linked.get("x-repo-commit"),
             )
 
@@ -127,7 +92,7 @@ def fetch(
     unreachable, disk), Interrupted; an older file under the name stays as it was.
     """
     if sha256 is not None and target.is_file() and files.sha256_file(target) == sha256:
-        for stale in _beside(target):  # a kill came between the name and the end
+        for stale in beside(target):  # a kill came between the name and the end
             stale.unlink(missing_ok=True)
         return Fetched(bytes=target.stat().st_size, sha256=sha256, etag=None, origin="pinned")
     job = Job(
@@ -135,7 +100,7 @@ def fetch(
         received=received,
     )  # fmt: skip
     policy.check(url)  # before anything is written
-    transfer = _Transfer(job, policy, log, should_stop)
+    transfer = Transfer(job, policy, log, should_stop)
     try:
         return _with_retries(transfer.attempt, show(url), target, policy, log, should_stop)
     except Interrupted:
@@ -209,14 +174,6 @@ def _of_one_class(failures: list[KumikiError]) -> list[KumikiError]:
 # ---------------------------------------------------------------- attempts
 
 
-class _Rejected(Exception):
-    """The content is wrong: start again from zero, and give `error` when that does not help."""
-
-    def __init__(self, error: InputError) -> None:
-        self.error = error
-        super().__init__(str(error))
-
-
 def _with_retries(
     step: Callable[[float], T],
     shown: str,
@@ -231,12 +188,12 @@ def _with_retries(
     for attempt in range(1, patience.attempts + 1):
         if should_stop():
             break
-        failure: Trouble | _Rejected
+        failure: Trouble | Rejected
         try:
             return step(deadline)
         except Trouble as trouble:
             failure, wait_s = trouble, trouble.wait_s or 0.0
-        except _Rejected as rejected:
+        except Rejected as rejected:
             failure, wait_s = rejected, 0.0
             rejections += 1
         if wait_s > patience.retry_after_s:
@@ -256,9 +213,9 @@ def _with_retries(
 
 
 def _final(
-    failure: Trouble | _Rejected, attempts: int, shown: str, target: Path | None
+    failure: Trouble | Rejected, attempts: int, shown: str, target: Path | None
 ) -> KumikiError:
-    if isinstance(failure, _Rejected):
+    if isinstance(failure, Rejected):
         return failure.error
     value = f"{attempts} attempts, the last: {failure.reason}"
     again = "run the same command to continue"
@@ -267,237 +224,3 @@ def _final(
     host = urlsplit(shown).hostname
     what = f"host unreachable ({host})"
     return EnvError(what, file=target, value=value, remedy=f"check the network, then {again}")
-
-
-def _count(text: str | None) -> int | None:
-    return int(text) if text is not None and re.fullmatch(r"\d{1,19}", text.strip()) else None
-
-
-def _length(answer: Answer) -> int | None:
-    """The body's length, if it is stated; chunks end by themselves."""
-    return (
-        None
-        if "transfer-encoding" in answer.headers
-        else _count(answer.headers.get("content-length"))
-    )
-
-
-def _linked_sha256(answer: Answer) -> str | None:
-    digest = answer.linked.get("x-linked-etag", "").strip('"')
-    return digest if _HEX64.fullmatch(digest) else None
-
-
-def _strong_etag(answer: Answer) -> str | None:
-    """The ETag if it promises equal bytes (RFC 9110 8.8.3); a weak or unquoted one does not."""
-    tag = answer.headers.get("etag", "")
-    return tag if len(tag) > 2 and tag[0] == tag[-1] == '"' else None
-
-
-# ---------------------------------------------------------------- one file
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Note:
-    """What the bytes in `.part` are: the beginning of these `total` bytes."""
-
-    url: str
-    etag: str
-    total: int
-    linked: str | None  # sha256 that the hub gave
-
-
-def _beside(target: Path) -> tuple[Path, Path]:
-    """The part and the note of a file."""
-    return target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
-
-
-class _Transfer:
-    """One file over all its attempts."""
-
-    def __init__(self, job: Job, policy: Policy, log: Log, should_stop: Stop) -> None:
-        self.job, self.policy, self.log, self.should_stop = job, policy, log, should_stop
-        self.cap = job.size if job.size is not None else job.max_bytes
-        self.part = growing.ResumableFile(job.target)
-        _, self.note_path = _beside(job.target)
-        self.linked: str | None = None
-        self.etag: str | None = None
-
-    def close(self) -> None:
-        """Keep what the next run can continue, and nothing else."""
-        if self.part.size == 0:
-            self.part.remove()
-            self.note_path.unlink(missing_ok=True)
-        self.part.close()
-
-    def attempt(self, deadline: float) -> Fetched:
-        """Bring what is missing, verify, name."""
-        note = self._continued()
-        if note is None or self.part.size < note.total:
-            with Watch(self.policy, deadline, self.should_stop) as watch:
-                while not self._receive(note, watch):
-                    self.log(f"{show(self.job.url)} cannot be continued, it starts from zero")
-                    note = None
-        else:
-            self.etag, self.linked = note.etag, note.linked
-        return self._finish()
-
-    def _continued(self) -> _Note | None:
-        """The note, if it describes the bytes in `.part` and the file that is wanted."""
-        note = _read_note(self.note_path)
-        wanted = (
-            note is not None and 0 < self.part.size <= note.total and note.url == bare(self.job.url)
-        )
-        if not wanted and self.part.size:
-            self.part.restart()
-        return note if wanted else None
-
-    def _receive(self, note: _Note | None, watch: Watch) -> bool:
-        """Send the request and append its body; False if it must be sent again without a range."""
-        headers = {}
-        if note is not None:
-            headers = {"Range": f"bytes={self.part.size}-", "If-Range": note.etag}
-        with ask("GET", self.job.url, self.policy, watch, self.log, headers=headers) as answer:
-            if note is not None and (
-                answer.status == 416 or (answer.status == 206 and not self._fits(answer, note))
-            ):
-                self.part.restart()
-                return False
-            check_status(answer, self.policy, (200, 206) if note is not None else (200,))
-            _check_encoding(answer, self.job.target)
-            self._check_linked(answer)
-            total = note.total if note is not None and answer.status == 206 else self._open(answer)
-            self._append(answer, total, watch)
-        return True
-
-    def _fits(self, answer: Answer, note: _Note) -> bool:
-        """Whether a 206 carries exactly the missing rest of the same bytes."""
-        found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", "").strip())
-        expected = (self.part.size, note.total - 1, note.total)
-        rest = found is not None and tuple(map(int, found.groups())) == expected
-        self.etag, self.linked = note.etag, note.linked
-        return (
-            rest
-            and _strong_etag(answer) == note.etag
-            and _linked_sha256(answer) in (None, note.linked)
-        )
-
-    def _open(self, answer: Answer) -> int | None:
-        """Begin at zero: cut the part first, then note what it will be. Returns the total."""
-        self.part.restart()
-        total = _length(answer)
-        if total is not None and self.job.size not in (None, total):
-            raise _Rejected(self._wrong_size(total))
-        self.linked, self.etag = _linked_sha256(answer), _strong_etag(answer)
-        if total is not None and self.etag is not None:
-            note = _Note(url=bare(self.job.url), etag=self.etag, total=total, linked=self.linked)
-            files.write_json(self.note_path, vars(note))
-        else:
-            self.note_path.unlink(missing_ok=True)
-        return total if total is not None else self.job.size
-
-    def _check_linked(self, answer: Answer) -> None:
-        """The hub names another content than the manifest: known before the first byte."""
-        found = _linked_sha256(answer)
-        if self.job.sha256 is not None and found is not None and found != self.job.sha256:
-            self.part.restart()
-            raise self._wrong_sha256(self.job.sha256, found)
-
-    def _append(self, answer: Answer, total: int | None, watch: Watch) -> None:
-        cap = self.cap if total is None else min(self.cap, total)
-        if total is not None and total > self.cap:
-            raise self._wrong("file too large", f"{total} bytes, at most {self.cap}")
-        files.check_space(self.job.target.parent, (total or self.part.size) - self.part.size)
-        synced = self.part.size
-        while block := answer.read(_BLOCK):
-            if self.part.size + len(block) > cap:
-                error = self._wrong("body too long", f"more than {cap} bytes")
-                raise _Rejected(error) if total is not None else error
-            self.part.append(block, total or 0)
-            watch.received(len(block))
-            self.job.received(len(block))
-            if self.part.size - synced >= _SYNC_BYTES:
-                self.part.sync()
-                synced = self.part.size
-        if total is not None and self.part.size < total:
-            raise Trouble(f"short body, {self.part.size} of {total} bytes", reached=True)
-        if self.part.size == 0 and self.job.size != 0:
-            raise Trouble("empty body", reached=True)
-
-    def _finish(self) -> Fetched:
-        """Verify the whole file, then give it its name."""
-        self.part.sync()
-        found = files.sha256_file(self.part.part)
-        expected = self.job.sha256 or self.linked
-        try:
-            if self.job.size not in (None, self.part.size):
-                raise _Rejected(self._wrong_size(self.part.size))
-            if expected is not None and expected != found:
-                raise _Rejected(self._wrong_sha256(expected, found))
-            self._look(vouched=expected is not None)
-        except (_Rejected, InputError, UserError):  # not Interrupted: the bytes may be right
-            self.part.restart()
-            raise
-        origin: Origin = "first_use"
-        if expected is not None:
-            origin = "pinned" if self.job.sha256 is not None else "server"
-        done = Fetched(bytes=self.part.size, sha256=found, etag=self.etag, origin=origin)
-        self.part.commit()
-        self.note_path.unlink(missing_ok=True)
-        return done
-
-    def _look(self, vouched: bool) -> None:
-        """The caller's check. Where a sha256 vouches for the bytes, fetching again is no help."""
-        if self.job.verify is None:
-            return
-        try:
-            self.job.verify(self.part.part)
-        except InputError as error:
-            named = InputError(
-                error.what, file=self.job.target, value=error.value, remedy=error.remedy
-            )
-            if vouched:
-                raise named from error
-            raise _Rejected(named) from error
-
-    def _wrong_size(self, found: int) -> InputError:
-        return self._wrong("size differs", f"expected {self.job.size} bytes, found {found}")
-
-    def _wrong_sha256(self, expected: str, found: str) -> InputError:
-        return self._wrong("sha256 differs", f"expected {expected[:8]}…, found {found[:8]}…")
-
-    def _wrong(self, what: str, value: str) -> InputError:
-        return InputError(what, file=self.job.target, value=value, remedy=AGAIN)
-
-
-def _check_encoding(answer: Answer, target: Path) -> None:
-    headers = answer.headers
-    for name, plain in (("content-encoding", "identity"), ("transfer-encoding", "chunked")):
-        value = headers.get(name, "").strip().lower()
-        if value not in ("", plain):
-            raise InputError(
-                f"encoded answer from {show(answer.url)}",
-                file=target,
-                value=f"{name} {value}, identity was asked for",
-                remedy=SERVER_FAULT,
-            )
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "text/html" and target.suffix not in (".html", ".htm"):
-        raise _Rejected(
-            InputError(
-                f"a web page came from {show(answer.url)}",
-                file=target,
-                value=f"expected the file, found {kind}",
-                remedy="check the URL, and whether the host asks for a login",
-            )
-        )
-
-
-def _read_note(path: Path) -> _Note | None:
-    """The note beside a part; a damaged one describes nothing."""
-    try:
-        raw = files.read_json(path)
-        note = _Note(**raw)
-    except (UserError, InputError, TypeError):
-        return None
-    ok = isinstance(note.etag, str) and isinstance(note.total, int) and isinstance(note.url, str)
-    return note if ok else None

@@ -61,8 +61,8 @@ class ResumableFile:
     """A file that grows over several runs as `<name>.part` and is named once it is verified.
 
     Unlike `atomic_file`, what was written survives a kill and an error, so the caller must know
-    what the bytes are (lib.core.fetch keeps a note beside them). After a disk error they are
-    removed: the space is needed, and pages whose fsync failed may be marked clean though lost.
+    what the bytes are (lib.core.transfer keeps a note beside them). After a disk error they
+    are removed: the space is needed, and pages whose fsync failed may be marked clean though lost.
     """
 
     def __init__(self, path: Path) -> None:

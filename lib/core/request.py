@@ -199,6 +199,33 @@ class Answer:
     linked: dict[str, str]
     read: Callable[[int], bytes]  # up to so many bytes, b"" at the end; raises Trouble
 
+    @property
+    def body_bytes(self) -> int | None:
+        """The body's length, if it is stated; chunks end by themselves."""
+        chunked = "transfer-encoding" in self.headers
+        return None if chunked else _count(self.headers.get("content-length"))
+
+    @property
+    def strong_etag(self) -> str | None:
+        """The ETag if it promises equal bytes (RFC 9110 8.8.3); a weak or unquoted one does not."""
+        tag = self.headers.get("etag", "")
+        return tag if len(tag) > 2 and tag[0] == tag[-1] == '"' else None
+
+    @property
+    def linked_size(self) -> int | None:
+        """Bytes of the file, as the hub says on the way to it."""
+        return _count(self.linked.get("x-linked-size"))
+
+    @property
+    def linked_sha256(self) -> str | None:
+        """The file's hash, as the hub says on the way to it."""
+        digest = self.linked.get("x-linked-etag", "").strip('"')
+        return digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
+
+
+def _count(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch(r"\d{1,19}", text.strip()) else None
+
 
 @contextlib.contextmanager
 def ask(

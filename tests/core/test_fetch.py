@@ -24,8 +24,9 @@ import pytest
 
 from lib.core import files, hosts
 from lib.core.errors import EnvError, InputError, Interrupted, KumikiError, SeveralErrors, UserError
-from lib.core.fetch import Fetched, Job, fetch, fetch_all, head
+from lib.core.fetch import fetch, fetch_all, head
 from lib.core.hosts import Clock, Patience, Policy, is_public
+from lib.core.transfer import Fetched, Job
 from tests.core.hostile import (
     HostileServer,
     answer,

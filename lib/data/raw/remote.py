@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from lib.core import fetch, files
+from lib.core import fetch, files, transfer
 from lib.core.artifact import FileEntry
 from lib.core.data_settings import ArchiveSource, FilesSource, ParquetSource
 from lib.core.errors import InputError, Interrupted, KumikiError, UserError
@@ -43,7 +43,7 @@ class Wanted:
     sha256: str | None = None
     origin: str | None = None  # who vouches for sha256
     column: str | None = None  # of text, when it is a Parquet shard
-    max_bytes: int = fetch.MAX_BYTES
+    max_bytes: int = transfer.MAX_BYTES
 
 
 def policy_for(urls: Iterable[str], runtime: Runtime) -> Policy:
@@ -291,7 +291,7 @@ def _fetch_all(
         target = folder.path / one.name
         vouched = one.sha256 is not None or (remote is not None and remote.sha256 is not None)
         jobs.append(
-            fetch.Job(
+            transfer.Job(
                 url=one.url,
                 target=target,
                 size=one.size,
@@ -303,7 +303,7 @@ def _fetch_all(
         )
         by_target[target] = one
 
-    def done(job: fetch.Job, fetched: fetch.Fetched) -> None:
+    def done(job: transfer.Job, fetched: transfer.Fetched) -> None:
         folder.remember(_entry(by_target[job.target], job.target, fetched))
 
     fetch.fetch_all(jobs, policy, workers=runtime.download_workers, log=log, done=done)
@@ -340,7 +340,7 @@ def _verifier(wanted: Wanted, decode: bool) -> Callable[[Path], None] | None:
     return verify
 
 
-def _entry(wanted: Wanted, path: Path, fetched: fetch.Fetched) -> FileEntry:
+def _entry(wanted: Wanted, path: Path, fetched: transfer.Fetched) -> FileEntry:
     extra = {
         "split": wanted.split,
         "index": wanted.index,
