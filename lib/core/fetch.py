@@ -1,6 +1,6 @@
 """Downloads: bounded, verified, resumable. The final name never carries unverified bytes.
 
-In:    a URL, a target, what is known of the file (size, sha256), a `Policy` (lib.core.hosts).
+In:    a `Job` (URL, target, what is known of the file), a `Policy` (lib.core.hosts).
 Out:   the file under its name and what it turned out to be, or one of our errors and no file.
 Rule:  lib.core.transfer brings one file; how often, how long and how many at once stands here. A
        transfer that broke is tried `attempts` times, content that was wrong from start to end
@@ -28,7 +28,7 @@ from lib.core.errors import (
 )
 from lib.core.hosts import Log, Policy, Stop, Trouble, bare, never, show
 from lib.core.request import Watch, ask, check_status
-from lib.core.transfer import MAX_BYTES, Fetched, Job, Rejected, Transfer, Verify, beside
+from lib.core.transfer import Fetched, Job, Rejected, Transfer, beside
 
 CONTENT_ATTEMPTS = 3
 T = TypeVar("T")
@@ -71,38 +71,21 @@ def head(url: str, policy: Policy, *, log: Log, should_stop: Stop = never) -> Re
     return _with_retries(step, show(url), None, policy, log, should_stop)
 
 
-def fetch(
-    url: str,
-    target: Path,
-    policy: Policy,
-    *,
-    size: int | None = None,
-    sha256: str | None = None,
-    max_bytes: int = MAX_BYTES,
-    verify: Verify | None = None,
-    received: Callable[[int], None] = lambda count: None,
-    log: Log,
-    should_stop: Stop = never,
-) -> Fetched:
-    """Bring `url` to `target`; what lies there already and has the sha256 is not fetched again.
+def fetch(job: Job, policy: Policy, *, log: Log, should_stop: Stop = never) -> Fetched:
+    """Bring one file; what lies there already and has the sha256 is not fetched again.
 
-    size, sha256: what the file must have (a pin, or a manifest's word). max_bytes: the bound where
-    the size is unknown. verify: a last look at the whole file before it gets its name.
     Raises UserError (refused URL, status 4xx), InputError (wrong content), EnvError (host
     unreachable, disk), Interrupted; an older file under the name stays as it was.
     """
-    if sha256 is not None and target.is_file() and files.sha256_file(target) == sha256:
+    target = job.target
+    if job.sha256 is not None and target.is_file() and files.sha256_file(target) == job.sha256:
         for stale in beside(target):  # a kill came between the name and the end
             stale.unlink(missing_ok=True)
-        return Fetched(bytes=target.stat().st_size, sha256=sha256, etag=None, origin="pinned")
-    job = Job(
-        url=url, target=target, size=size, sha256=sha256, max_bytes=max_bytes, verify=verify,
-        received=received,
-    )  # fmt: skip
-    policy.check(url)  # before anything is written
+        return Fetched(bytes=target.stat().st_size, sha256=job.sha256, etag=None, origin="pinned")
+    policy.check(job.url)  # before anything is written
     transfer = Transfer(job, policy, log, should_stop)
     try:
-        return _with_retries(transfer.attempt, show(url), target, policy, log, should_stop)
+        return _with_retries(transfer.attempt, show(job.url), target, policy, log, should_stop)
     except Interrupted:
         transfer.part.sync()
         raise
@@ -127,20 +110,12 @@ def fetch_all(
     """
     stopping = threading.Event()
 
+    def stop() -> bool:
+        return stopping.is_set() or should_stop()
+
     def one(job: Job) -> Fetched | KumikiError:
         try:
-            fetched = fetch(
-                job.url,
-                job.target,
-                policy,
-                size=job.size,
-                sha256=job.sha256,
-                max_bytes=job.max_bytes,
-                verify=job.verify,
-                received=job.received,
-                log=log,
-                should_stop=lambda: stopping.is_set() or should_stop(),
-            )
+            fetched = fetch(job, policy, log=log, should_stop=stop)
         except Interrupted:
             raise
         except KumikiError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.core import artifact, fetch, files
+from lib.core import artifact, fetch, files, transfer
 from lib.core import data_settings as settings
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.rng import torch_generator
@@ -84,9 +84,9 @@ def _tensors(path: Path, names: list[str]) -> list[Tensor]:
 def gpt2_file(gpt2: settings.Gpt2Table, runtime: Runtime, log: Log) -> Path:
     """The pinned file in scratch, fetched once; EnvError says where to put it by hand."""
     target = artifact.scratch_root() / "downloads" / gpt2.sha256[:16] / "model.safetensors"
-    policy = policy_for([gpt2.url], runtime)
+    job = transfer.Job(url=gpt2.url, target=target, size=gpt2.bytes, sha256=gpt2.sha256)
     try:
-        fetch.fetch(gpt2.url, target, policy, size=gpt2.bytes, sha256=gpt2.sha256, log=log)
+        fetch.fetch(job, policy_for([gpt2.url], runtime), log=log)
     except EnvError as error:
         raise EnvError(
             "GPT-2's table is not here and its host cannot be reached",

@@ -88,7 +88,10 @@ class Bench:
     def fetch(self, handler=None, path="/shard.bin", **known) -> Fetched:
         if handler is not None:
             self.server.routes[path] = handler
-        return fetch(self.server.url(path), self.target, self.policy, log=self.log, **known)
+        return self.bring(self.server.url(path), self.target, **known)
+
+    def bring(self, url, target, **known) -> Fetched:
+        return fetch(Job(url=url, target=target, **known), self.policy, log=self.log)
 
     def refused(self, kind: type[KumikiError], *parts: str, handler=None, **known) -> KumikiError:
         """The fetch raises `kind`, its message has the parts, and no file has the final name."""
@@ -189,7 +192,7 @@ def test_max_rate_is_shared_and_is_no_stall(bench):
     began = clock.now()
     bench.fetch(serve(DATA))
     bench.server.routes["/b"] = serve(DATA)
-    fetch(bench.server.url("/b"), bench.folder / "b", bench.policy, log=bench.log)
+    bench.bring(bench.server.url("/b"), bench.folder / "b")
     # Real time counts towards the rate as well, so a slow machine waits less, never longer.
     assert clock.now() - began > 2 * 6.0 and sum(clock.waits) < 2 * 6.5
 
@@ -275,7 +278,7 @@ def test_c03_refusals_are_not_retried_and_show_no_secret(bench, code, monkeypatc
     url = bench.server.url(f"/shard.bin?X-Amz-Signature=abc&other={SECRET}")
     bench.server.routes["/shard.bin"] = status(code)
     with pytest.raises(UserError) as caught:
-        fetch(url, bench.target, bench.policy, log=bench.log)
+        bench.bring(url, bench.target)
     message = str(caught.value)
     assert f"status {code}" in message and bench.server.url("/shard.bin") in message
     assert not any(s in message + "".join(bench.lines) for s in (SECRET, "abc"))
@@ -532,7 +535,7 @@ def test_c06_the_connection_goes_to_the_checked_address(bench, elsewhere, monkey
     bench.policy = policy_for(private_hosts=("mirror.test",))
     bench.server.routes["/shard.bin"] = serve(DATA)
     url = bench.server.url("/shard.bin", host="mirror.test")
-    fetch(url, bench.target, bench.policy, log=bench.log)
+    bench.bring(url, bench.target)
     bench.whole()
     assert bench.server.seen[0].headers["host"] == f"mirror.test:{bench.server.port}"
     assert elsewhere.connections == 0
@@ -583,7 +586,7 @@ def public(host: str, port: int) -> list[str]:
 def test_c06_the_name_serves_tls_and_host(bench, secure):
     bench.policy = policy_for(resolve=public)
     url = secure.url("/shard.bin", host="huggingface.co")
-    fetch(url, bench.target, bench.policy, log=bench.log)
+    bench.bring(url, bench.target)
     bench.whole()
     assert secure.names == ["huggingface.co"]
     assert secure.seen[0].headers["host"] == f"huggingface.co:{secure.port}"
@@ -596,7 +599,7 @@ def test_c06_a_certificate_is_always_checked(bench, secure, wrong, monkeypatch):
     if wrong == "authority":
         monkeypatch.delenv("SSL_CERT_FILE")
     with pytest.raises(EnvError, match="certificate refused"):
-        fetch(secure.url("/shard.bin", host=host), bench.target, bench.policy, log=bench.log)
+        bench.bring(secure.url("/shard.bin", host=host), bench.target)
     assert secure.seen == [] and secure.connections == 1
 
 
@@ -625,12 +628,12 @@ def test_c06_a_proxy_is_named_once_and_changes_no_list(bench, secure, monkeypatc
     bench.policy = policy_for(resolve=only_the_proxy)
     for name in ("a", "b"):
         url = secure.url("/shard.bin", host="huggingface.co")
-        fetch(url, bench.folder / name, bench.policy, log=bench.log)
+        bench.bring(url, bench.folder / name)
     assert (bench.folder / "b").read_bytes() == DATA and len(secure.seen) == 2
     warnings = [line for line in bench.lines if "warning" in line]
     assert len(warnings) == 1 and "proxy" in warnings[0] and SECRET not in warnings[0]
     with pytest.raises(UserError, match="not on the list"):
-        fetch("https://foreign.test/x", bench.target, bench.policy, log=bench.log)
+        bench.bring("https://foreign.test/x", bench.target)
     assert [s.method for s in bench.server.seen] == ["CONNECT", "CONNECT"]
 
 
@@ -649,7 +652,7 @@ def test_c06_the_token_stays_with_its_host(bench, elsewhere):
     assert tokens == [f"Bearer {SECRET}", f"Bearer {SECRET}", None]
     assert "authorization" not in elsewhere.seen[0].headers
     assert not any("cookie" in s.headers for s in bench.server.seen + elsewhere.seen)
-    fetch(elsewhere.url("/shard.bin"), bench.folder / "b", bench.policy, log=bench.log)
+    bench.bring(elsewhere.url("/shard.bin"), bench.folder / "b")
     assert "authorization" not in elsewhere.seen[-1].headers  # allowed, but not the token's host
 
 
@@ -694,7 +697,7 @@ def test_c07_a_trickle_names_its_rate(bench):
 def test_c07_a_silent_handshake_is_a_stall(bench):
     bench.policy = policy_for(patience=BRIEF)
     with silent_listener() as port, pytest.raises(EnvError, match=r"unreachable.*stalled"):
-        fetch(f"https://127.0.0.1:{port}/x", bench.target, bench.policy, log=bench.log)
+        bench.bring(f"https://127.0.0.1:{port}/x", bench.target)
 
 
 def test_c07_the_deadline_ends_even_a_fast_transfer(bench):
@@ -819,8 +822,10 @@ import sys
 from pathlib import Path
 from lib.core.fetch import fetch
 from lib.core.hosts import Policy
+from lib.core.transfer import Job
 policy = Policy(private_hosts=("127.0.0.1",))
-fetch(sys.argv[1], Path(sys.argv[2]), policy, log=lambda line: None)
+job = Job(url=sys.argv[1], target=Path(sys.argv[2]))
+fetch(job, policy, log=lambda line: None)
 """
 
 
@@ -843,7 +848,8 @@ def test_a_kill_at_every_write_ends_in_the_same_tree(server, tmp_path):
     server.routes["/a"] = serve(DATA)
 
     def action(folder: Path) -> None:
-        fetch(server.url("/a"), folder / "a", policy_for(), sha256=SHA, log=lambda line: None)
+        job = Job(url=server.url("/a"), target=folder / "a", sha256=SHA)
+        fetch(job, policy_for(), log=lambda line: None)
 
     def inspect(folder: Path) -> None:
         assert not (folder / "a").exists() or (folder / "a").read_bytes() == DATA
@@ -861,7 +867,7 @@ def test_a_kill_while_starting_over_never_mixes_two_versions(server, tmp_path):
     server.routes["/a"] = serve(NEW, etag='"v2"')
 
     def action(folder: Path) -> None:
-        fetch(server.url("/a"), folder / "a", policy_for(), log=lambda line: None)
+        fetch(Job(url=server.url("/a"), target=folder / "a"), policy_for(), log=lambda line: None)
 
     def half_of_the_old(point: int) -> Path:
         path = tmp_path / f"point_{point}"

@@ -258,10 +258,10 @@ def test_gpt2_is_taken_from_its_pinned_file_alone(project, monkeypatch, prefix):
     section = replace(SECTION, source="gpt2", gpt2=pin, mode="gather")
     asked = []
 
-    def fetch(url, target, policy, *, size, sha256, log):
-        if not target.is_file():
-            asked.append(url)
-            files.write_bytes(target, data)
+    def fetch(job, policy, *, log):
+        if not job.target.is_file():
+            asked.append(job.url)
+            files.write_bytes(job.target, data)
 
     monkeypatch.setattr(vector_source.fetch, "fetch", fetch)
     run(project, section)
