@@ -76,7 +76,7 @@ class Manifest:
     @classmethod
     def read(cls, path: Path, kind: str | None = None) -> Manifest:
         """Read a manifest; UserError when missing or of another kind, InputError when damaged."""
-        raw = files.read_json(Path(path))
+        raw, data = files.read_json_and_bytes(Path(path))
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise InputError(
                 "not a manifest", file=path, remedy="run the stage that makes it again"
@@ -89,7 +89,7 @@ class Manifest:
                 remedy="run the stage that makes it again",
             )
         # Its file is an input by its bytes, so a change that JSON does not see counts as well.
-        if not _is_as_written(raw) or Path(path).read_bytes() != files.canonical_json(raw):
+        if not _is_as_written(raw) or data != files.canonical_json(raw):
             raise InputError(
                 "manifest differs from what was written",
                 file=path,

@@ -253,8 +253,14 @@ def canonical_json(value: object) -> bytes:
 
 def read_json(path: Path) -> Any:
     """Read a small JSON file of ours; UserError when missing, InputError when damaged."""
+    return read_json_and_bytes(path)[0]
+
+
+def read_json_and_bytes(path: Path) -> tuple[Any, bytes]:
+    """As `read_json`, with the bytes that the value was read from, for who compares them."""
     try:
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
+        return json.loads(data), data
     except FileNotFoundError:
         raise UserError("no such file", file=path, remedy="run the stage that makes it") from None
     except (ValueError, RecursionError) as error:

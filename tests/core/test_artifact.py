@@ -140,6 +140,28 @@ def test_a_manifest_that_is_not_ours_is_refused(made, change, error):
         Manifest.read(folder / "manifest.json", kind="toy")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda data: data.replace(b'"counts"', b'"kind":"toy","counts"', 1), "was written"),
+        (lambda data: data.replace(b":", b": ", 1), "was written"),
+        (lambda data: data[:-1], "was written"),
+        (lambda data: data + b"}", "not valid JSON"),
+        (lambda data: b"\xff" + data, "not valid JSON"),
+        (lambda data: b"[]\n", "not a manifest"),
+    ],
+)
+def test_what_json_does_not_see_is_refused_too(made, spoil, told):
+    """A name twice, a blank, no last newline: equal values, other bytes than were hashed."""
+    path = made[0] / "manifest.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(InputError, match=told):
+        Manifest.read(path, kind="toy")
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        Manifest.read(path)
+
+
 def test_every_flipped_bit_of_a_manifest_is_refused(made):
     """Names, shapes and counts are believed because it says so: nothing else could see a flip.
 
