@@ -248,7 +248,7 @@ def check_place(folder: Path, needed_bytes: int, large_bytes: int = 20 * 10**9) 
     `large_bytes` on a disk that nobody chose: KUMIKI_SCRATCH unset, or on the device of `/` or of
     its own parent, as an unmounted drive is (KUMIKI_SCRATCH_ANY=1 overrides).
     """
-    place = _existing(folder)
+    place = files.existing(folder)
     kind = mount_of(place)
     free = files.free_bytes(place)
     if kind in ("tmpfs", "ramfs"):
@@ -273,16 +273,9 @@ def check_place(folder: Path, needed_bytes: int, large_bytes: int = 20 * 10**9) 
 SCRATCH = "mount a larger disk and export KUMIKI_SCRATCH (docs/nvme.md)"
 
 
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
-
-
 def _device_above(root: Path) -> int:
     """The device that holds the mount point's parent: equal to the root's own when not mounted."""
-    return _existing(root).parent.stat().st_dev
+    return files.existing(root).parent.stat().st_dev
 
 
 def mount_of(place: Path) -> str:

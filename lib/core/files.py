@@ -56,7 +56,7 @@ def as_env_error(error: OSError, path: Path, needed_bytes: int = 0) -> KumikiErr
     what = _DISK_CAUSES.get(error.errno or 0)
     if what is None:
         return None
-    folder = _existing(path.parent)
+    folder = existing(path.parent)
     value = None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         value = f"needs {_size(max(needed_bytes, 1))}, {_size(free_bytes(folder))} free"
@@ -78,7 +78,7 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
 
 def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary user may still write at `folder` (or its nearest existing parent)."""
-    stat = os.statvfs(_existing(folder))
+    stat = os.statvfs(existing(folder))
     return stat.f_bavail * stat.f_frsize
 
 
@@ -94,7 +94,8 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that is there."""
     folder = Path(folder).absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
