@@ -19,13 +19,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.core import progress
 from lib.core.errors import EnvError, InputError, KumikiError, UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MANIFEST = "manifest.json"
 FULL = "No space left on device"  # in the text of libraries that raise what is no OSError
@@ -323,6 +320,18 @@ def fsync_folder(folder: Path) -> None:
     _fsync(folder)
 
 
+def allocate(fd: int, path: Path, total_bytes: int) -> None:
+    """Reserve `total_bytes` on disk for the open file `fd`; EnvError when the disk is too small."""
+    if total_bytes == 0:
+        return
+    with disk_errors(path, total_bytes):
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, total_bytes)
+        else:  # macOS: writing zeros reserves as well
+            for start in range(0, total_bytes, 1 << 20):
+                os.pwrite(fd, bytes(min(1 << 20, total_bytes - start)), start)
+
+
 # ---------------------------------------------------------------- folders
 
 
@@ -444,43 +453,3 @@ def publish(source: Path, target: Path) -> None:
                 make_folder(twin)
             else:
                 link_or_copy(path, twin)
-
-
-# ---------------------------------------------------------------- memory maps
-
-
-@contextlib.contextmanager
-def memmap_file(path: Path, dtype: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A writable array on disk that gets its name when the block ends.
-
-    Preallocated with posix_fallocate: a write to a sparse mapping on a full disk is SIGBUS, which
-    kills without a message; here the full disk is an EnvError before the first byte.
-    """
-    import numpy as np
-
-    path = Path(path)
-    total = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
-    with library_file(path, total) as temp:
-        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            allocate(fd, temp, total)
-        finally:
-            os.close(fd)
-        if total == 0:  # an empty file cannot be mapped
-            yield np.empty(shape, dtype)
-            return
-        array = np.memmap(temp, dtype, "r+", shape=shape)
-        yield array
-        array.flush()  # msync; library_file then fsyncs
-
-
-def allocate(fd: int, path: Path, total_bytes: int) -> None:
-    """Reserve `total_bytes` on disk for the open file `fd`; EnvError when the disk is too small."""
-    if total_bytes == 0:
-        return
-    with disk_errors(path, total_bytes):
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, total_bytes)
-        else:  # macOS: writing zeros reserves as well
-            for start in range(0, total_bytes, 1 << 20):
-                os.pwrite(fd, bytes(min(1 << 20, total_bytes - start)), start)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lib.core import files, growing, lock
@@ -98,17 +97,6 @@ def test_publish_survives_every_crash_point_and_leaves_the_source_alone(tmp_path
             assert tree(folder / "out") == tree(folder / "work")
 
     enumerate_crashes(lambda f: files.publish(f / "work", f / "out"), make, inspect)
-
-
-def test_memmap_file_is_preallocated_and_exact(tmp_path):
-    """A sparse map on a full disk dies of SIGBUS; blocks must exist before the first write."""
-    with files.memmap_file(tmp_path / "m.bin", "<i8", (1000, 3)) as array:
-        assert (tmp_path / "m.bin.part").stat().st_blocks * 512 >= 24_000
-        array[:] = np.arange(3000).reshape(1000, 3)
-    assert np.array_equal(np.fromfile(tmp_path / "m.bin", "<i8"), np.arange(3000))
-    with files.memmap_file(tmp_path / "empty.bin", "<i8", (0,)):
-        pass
-    assert (tmp_path / "empty.bin").stat().st_size == 0
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])

@@ -41,14 +41,7 @@ def arrow(path: Path) -> None:
         writer.write_table(pa.table({"t": TEXTS}))
 
 
-def memmap(path: Path) -> None:
-    from lib.core.files import memmap_file
-
-    with memmap_file(path, "<u4", (50_000,)) as array:
-        array[:] = 7
-
-
-WRITERS = {w.__name__: w for w in (safetensors, sentencepiece, arrow, memmap)}
+WRITERS = {w.__name__: w for w in (safetensors, sentencepiece, arrow)}
 
 if __name__ == "__main__":
     try:
