@@ -254,8 +254,8 @@ def effective_depth(bpb: float, ladder: dict[int, float], run: dict[str, Any]) -
             blocks = math.exp(math.log(a) + share * (math.log(b) - math.log(a)))
             phi = math.log(blocks / k) / math.log(A / k)
             return f"b_eff {blocks:.2f} of {A} applications, phi {phi:.2f} (published: 0.46, 0.38)"
-    ends = f"{ladder[depths[0]]:.4f} to {ladder[depths[-1]]:.4f}"
-    return f"BPB {bpb:.4f} lies outside of the plain models' {ends}: no effective depth"
+    told = ", ".join(f"{ladder[depth]:.4f}" for depth in depths)
+    return f"no effective depth: deeper plain models do not fall past {bpb:.4f} ({told})"
 
 
 if __name__ == "__main__":
