@@ -49,13 +49,20 @@ def store() -> Any:
 
 
 def agree(finished: bool | None = None) -> bool:
-    """Rank 0 tells whether the work is finished, all others wait for its word and return it."""
+    """Rank 0 tells whether the work is finished, all others wait for its word and return it.
+
+    Rank 0 may hold the store, so it returns, and may end, when all have heard.
+    """
     if world_size() == 1:
         return bool(finished)
-    key = "kumiki/finished"
+    key, heard = "kumiki/finished", [f"kumiki/heard_{n}" for n in range(1, world_size())]
     if rank() == 0:
         store().set(key, str(int(bool(finished))))
-    return store().get(key) == b"1"
+        store().wait(heard)
+        return bool(finished)
+    found = store().get(key) == b"1"
+    store().set(f"kumiki/heard_{rank()}", "1")
+    return found
 
 
 def leave_code(code: int) -> None:

@@ -14,22 +14,25 @@ import pytest
 
 from lib.core.errors import UserError
 from lib.core.launch import sbatch_command, torchrun_command
-from tests.conftest import HANG_S, ROOT
+from tests.conftest import HANG_S, ROOT, is_alive
 
+# Whoever reads `seen` may send a signal at once: it is whole, and the signal is handled by then.
 MODULE = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
 from lib.core import ranks
 from lib.core.process import StopRequest
 
 stop = StopRequest("stopped", defer=True)
-Path(f"seen_{ranks.rank()}").write_text(f"{ranks.world_size()} {os.getpid()} {sys.argv[1:]}")
 code = int(sys.argv[1])
-if code == 75:
-    with stop.installed():
-        limit = time.monotonic() + 60
-        while not stop.asked and time.monotonic() < limit:
-            time.sleep(0.01)
+with stop.installed():
+    seen = Path(f"seen_{ranks.rank()}")
+    part = seen.with_suffix(".part")
+    part.write_text(f"{ranks.world_size()} {os.getpid()} {sys.argv[1:]}")
+    part.rename(seen)
+    while code == 75 and not stop.asked:
+        time.sleep(0.01)
+if stop.asked:
     Path(f"asked_{ranks.rank()}").touch()
 ranks.leave_code(code)
 sys.exit(code if ranks.rank() == 0 else 0)
@@ -107,16 +110,9 @@ def test_a11_workers_die_with_a_killed_launcher(project):
     process.kill()
     process.communicate()
     limit = time.monotonic() + HANG_S
-    while Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
+    while is_alive(pid):
         assert time.monotonic() < limit, "the worker lives on"
         time.sleep(0.05)
-
-
-def state_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0]
-    except OSError:
-        return "Z"
 
 
 def test_several_nodes_need_a_meeting_point():
@@ -222,22 +218,23 @@ if __name__ == "__main__":
 
 def on_two_ranks(project: Path) -> list[tuple[int, str]]:
     """(code, stderr) of both ranks of the stage, without torchrun's own start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     path = os.pathsep.join([str(project), str(ROOT)])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "shared"],
-            cwd=project,
-            env={**os.environ, **common, "RANK": str(rank), "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    texts = [process.communicate(timeout=HANG_S)[1] for process in processes]
+    with socket.socket() as held:  # not listening: rank 0 may, and nobody else is given the port
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "shared"],
+                cwd=project,
+                env={**os.environ, **common, "RANK": str(rank), "PYTHONPATH": path},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        texts = [process.communicate(timeout=HANG_S)[1] for process in processes]
     return [(p.returncode, text) for p, text in zip(processes, texts, strict=True)]
 
 
@@ -258,3 +255,30 @@ def test_ranks_share_a_stage_and_none_waits_when_it_is_finished(project):
     assert (code, other, "published again" in err, silence) == (0, 0, True, ""), (err, silence)
     assert not (project / "body_0").exists() and not (project / "body_1").exists()
     assert (project / "curves/a.csv").read_bytes() == b"1"
+
+
+SLOW = """
+import time
+store = ranks.store
+
+class Slow:
+    def __getattr__(self, name):
+        return getattr(store(), name)
+
+    def get(self, key):
+        joined = store()  # rank 0 waits for that much by itself
+        time.sleep(3)
+        return joined.get(key)
+
+if ranks.rank() == 1:
+    ranks.store = Slow
+"""
+
+
+def test_a_rank_that_asks_late_still_hears_that_all_is_finished(project):
+    """Rank 0 holds the store and has nothing to do: it once ended before the others had asked."""
+    before, after = STAGE.split("def body")
+    (project / "shared.py").write_text(before + SLOW + "\ndef body" + after)
+    for _ in range(2):  # made, then finished before
+        found = on_two_ranks(project)
+        assert [code for code, _ in found] == [0, 0], found

@@ -10,10 +10,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.conftest import HANG_S, ROOT
+from tests.conftest import HANG_S, ROOT, is_alive
 from tests.faults.tally import tally
 from tests.faults.toy import write_project
 
@@ -71,7 +70,7 @@ def start(project: Path, *command: str, shell: str | None = None) -> subprocess.
     )  # fmt: skip
 
 
-def started(project: Path, count: int, limit_s: float = 60) -> list[int]:
+def started(project: Path, count: int, limit_s: float = HANG_S) -> list[int]:
     """Process ids of the bodies that began, once there are `count`."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
@@ -81,10 +80,6 @@ def started(project: Path, count: int, limit_s: float = 60) -> list[int]:
             return [int(pid) for pid in found]
         time.sleep(0.05)
     raise AssertionError("the stage did not begin")
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -98,7 +93,7 @@ def test_a11_a_killed_dvc_leaves_no_stage_behind(project, shell, number):
     (pid,) = started(project, 1)
     dvc.send_signal(number)
     began = time.monotonic()
-    while is_alive(pid) and time.monotonic() - began < 60:
+    while is_alive(pid) and time.monotonic() - began < HANG_S:
         time.sleep(0.02)
     assert not is_alive(pid), "an orphan writes on"
     dvc.kill()
