@@ -37,10 +37,11 @@ if hasattr(providers, "_get_local_constants"):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Global generators and torch's switches are the same before every test and its fixtures.
+    """Modes of files, generators and torch's switches are the same before every test's fixtures.
 
     torch seeds itself from the system's noise; a run in this process leaves its threads and modes.
     """
+    os.umask(0o022)
     random.seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)

@@ -157,8 +157,9 @@ def assert_ends_like_a_twin(project: Path, twin: Path) -> None:
 
 
 def interrupted(project: Path, options: list[str], signals: list[int]) -> subprocess.Popen:
-    """The stage in a session of its own, sent `signals` after its first step."""
-    process = command(project, "--run", "gpt", *options, start_new_session=True)
+    """The stage in a session of its own, sent `signals` after its first step, where it waits."""
+    words = ("--run", "gpt", *options)
+    process = command(project, *words, module="tests.train.held", start_new_session=True)
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     assert any(line.startswith("Step ") for line in lines), "no step before its end"
