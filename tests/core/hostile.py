@@ -116,8 +116,9 @@ class Exchange(BaseHTTPRequestHandler):
             return
         for start in range(0, len(data), 1 << 16):
             block = data[start : start + (1 << 16)]
-            self.wfile.write(block)
+            # Before the write: a client that has the last byte asks for the sum at once.
             self.server.sent[urlsplit(self.path).path] += len(block)
+            self.wfile.write(block)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Do nothing until the server closes (True) or the time is over."""
