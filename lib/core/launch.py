@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
@@ -137,12 +138,13 @@ def _on_stop(
     Yields the list of signals that came.
     """
     asked: list[int] = []
+    turns = itertools.count()  # its next() is one step: a second signal may come within the first
 
     def handle(number: int, frame: object) -> None:
         asked.append(number)
-        stop()
-        if len(asked) == 1:
+        if next(turns) == 0:
             timer.start()
+        stop()
 
     timer = threading.Timer(runtime.stop_grace_s + SPARE_S, kill)
     timer.daemon = True

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -107,6 +108,28 @@ def test_ctrl_c_reaches_the_stages_which_commit(project):
     assert process.returncode == 75, err.decode()
     assert (project.parent / "marks/committed").exists()
     assert err.decode().splitlines()[-1].endswith("run the same command to continue")
+
+
+def test_a_stop_while_a_stage_begins_reaches_it_and_no_later_one_begins(monkeypatch):
+    """Ctrl-C between the start of a process and the note of it once left that stage running."""
+    from lib.cli.commands import parallel
+
+    running, told = parallel.Running(), []
+    stopper = threading.Thread(target=running.stop)
+
+    class Begun:
+        pid = 4711
+
+        def __init__(self, words, **options) -> None:
+            stopper.start()
+            stopper.join(0.2)  # where it is not kept waiting it is over by now
+
+    monkeypatch.setattr(parallel.subprocess, "Popen", Begun)
+    monkeypatch.setattr(parallel.os, "killpg", lambda pid, number: told.append((pid, number)))
+    assert running.start(["dvc"]) is not None
+    stopper.join()
+    assert told == [(4711, signal.SIGINT)]
+    assert running.start(["dvc"]) is None
 
 
 def test_targets_and_gpus_are_checked(project):

@@ -7,13 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from lib.core import launch as launcher
 from lib.core.errors import UserError
 from lib.core.launch import sbatch_command, torchrun_command
+from lib.core.run_settings import Runtime
 from tests.conftest import HANG_S, ROOT, is_alive
 
 # Whoever reads `seen` may send a signal at once: it is whole, and the signal is handled by then.
@@ -100,6 +103,21 @@ def test_a10_a_stop_reaches_every_worker_and_the_code_is_75(project):
     code, err = finish(process)
     assert code == 75, err
     assert (project / "asked_0").exists() and (project / "asked_1").exists()
+
+
+def test_a10_a_second_signal_within_the_first_still_ends_in_a_kill(monkeypatch):
+    """A handler is interrupted by the next signal; the kill after the grace was then never set."""
+    monkeypatch.setattr(launcher, "SPARE_S", 0.0)
+    killed, left = threading.Event(), [signal.SIGINT]
+
+    def stop() -> None:
+        if left:
+            os.kill(os.getpid(), left.pop())
+
+    with launcher._on_stop(stop, killed.set, Runtime(stop_grace_s=0)) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert killed.wait(30)
+    assert asked == [signal.SIGTERM, signal.SIGINT]
 
 
 def test_a11_workers_die_with_a_killed_launcher(project):

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 from lib.cli import pipeline, tables, worktrees
 from lib.cli.console import note
@@ -27,6 +28,37 @@ from lib.core.errors import EnvError, Interrupted, UserError
 
 PLACE = Path(".kumiki/wt")
 FAILED = 255  # what dvc makes of every failure of a stage
+
+
+class Running:
+    """The processes under way; a stop reaches each of them, whenever it was begun."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+        self._lock = threading.RLock()  # a second signal may come while the first is handled
+        self.asked = 0  # stops so far
+
+    def start(self, words: Sequence[str], **options: Any) -> subprocess.Popen[str] | None:
+        """Begin one in a session of its own; None where a stop was asked before."""
+        with self._lock:  # a stop comes before it, or finds it
+            if self.asked:
+                return None
+            process = subprocess.Popen(words, text=True, start_new_session=True, **options)
+            self._processes.append(process)
+            return process
+
+    def ended(self, process: subprocess.Popen[str]) -> None:
+        """It needs no stop any more."""
+        with self._lock:
+            self._processes.remove(process)
+
+    def stop(self) -> None:
+        """Ask all to commit and end; the second time, kill them."""
+        with self._lock:
+            self.asked += 1
+            for process in self._processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGINT if self.asked == 1 else signal.SIGKILL)
 
 
 @dataclass
@@ -54,18 +86,18 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     free: Queue[str | None] = Queue()
     for gpu in gpus or [None] * arguments.jobs:
         free.put(gpu)
-    running: list[subprocess.Popen[str]] = []
+    running = Running()
     jobs = [Job(stage, PLACE / stage.replace("@", "_"), None) for stage in wanted]
     for job in jobs:
         worktrees.prepare(job.folder, job.stage)
-    with _stopping(running) as asked:
-        threads = [threading.Thread(target=_work, args=(job, free, running, asked)) for job in jobs]
+    with _stopping(running):
+        threads = [threading.Thread(target=_work, args=(job, free, running)) for job in jobs]
         for thread in threads:
             thread.start()
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)
-    finish(jobs, bool(asked), arguments.json)
+    finish(jobs, bool(running.asked), arguments.json)
 
 
 def targets(stages: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -94,43 +126,38 @@ def targets(stages: Sequence[str]) -> tuple[list[str], list[str]]:
 # ---------------------------------------------------------------- running
 
 
-def _work(job: Job, free: Queue[str | None], running: list, asked: list[int]) -> None:
+def _work(job: Job, free: Queue[str | None], running: Running) -> None:
     job.gpu = free.get()
     try:
-        if asked:
-            job.code = Interrupted.code
-            return
         environment = {**os.environ, "KUMIKI_SCRATCH": str(artifact.scratch_root().absolute())}
         if job.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = job.gpu
-        process = subprocess.Popen(
+        process = running.start(
             [sys.executable, "-m", "dvc", "repro", job.stage], cwd=job.folder, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        running.append(process)
+        if process is None:
+            job.code = Interrupted.code
+            return
         assert process.stdout is not None
         for line in process.stdout:
             note(f"{job.stage} | {line.rstrip()}")
         job.code = process.wait()
-        running.remove(process)
+        running.ended(process)
     finally:
         free.put(job.gpu)
 
 
 @contextlib.contextmanager
-def _stopping(running: list[subprocess.Popen[str]]) -> Iterator[list[int]]:
+def _stopping(running: Running) -> Iterator[None]:
     """Ctrl-C and SIGTERM reach every stage, which commits and ends; a second one kills."""
-    asked: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        asked.append(number)
-        for process in list(running):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT if len(asked) == 1 else signal.SIGKILL)
+        running.stop()
 
     old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
