@@ -172,7 +172,7 @@ def newest_work(cmd: str, name: str) -> Path | None:
     folders = [Path("data/work") / (f"{module}_{item}" if item else module)]
     folders.append(Path("checkpoints") / item / "work" / f"{module}_{item}")
     found = [p for f in folders for p in f.glob("*") if p.is_dir() and not p.name.startswith(".")]
-    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.as_posix()), default=None)
 
 
 def last_step(work: Path | None) -> int | None:

@@ -317,3 +317,17 @@ def test_weights_that_wait_in_ram_give_the_same_text(kumiki, project, command):
     assert code == 0 and "stream: on | 2 units" in told, told
     assert kumiki(*words, "off")[1] == text and len(text) > 3
     assert "stream:" not in kumiki(*words, "auto")[2], "a CPU has nothing to wait for"
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_models_of_one_moment_are_tried_in_the_order_of_their_names(fast_folder, order):
+    """Not in that of the folder on disk, which follows when and where it was made."""
+    for run in order:
+        for place in (f"{run}/final", f"c/work/{run}/step_7"):
+            path = fast_folder / "checkpoints" / place / "manifest.json"
+            path.parent.mkdir(parents=True)
+            path.touch()
+            os.utime(path, ns=(10**18, 10**18))
+    found = [p.parent.name for p in saved._places(None, fast_folder)]
+    found += [p.parent.name for p in saved._places("c", fast_folder)]
+    assert found == ["b", "a", "b", "a"]

@@ -217,7 +217,7 @@ def _speed(root: Path, run: str) -> dict[str, Any]:
 
     receipts = sorted(
         (root / "checkpoints" / run / "work").glob("*/*/receipt.json"),
-        key=lambda p: p.stat().st_mtime,
+        key=lambda p: (p.stat().st_mtime_ns, p.as_posix()),
     )
     if not receipts:
         return {}
