@@ -15,14 +15,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import HANG_S, ROOT
 
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 CTRL_C, COLUMNS = b"\x03", 100
 
 
 def drive(
-    words: Sequence[str], folder: Path, *, until: str = "", keys: bytes = b"", limit_s: float = 120,
+    words: Sequence[str], folder: Path, *, until: str = "", keys: bytes = b"",
+    limit_s: float = HANG_S,
     **environment: str,
 ) -> tuple[int, str]:  # fmt: skip
     """(exit code, all that the terminal got); `keys` are pressed after the line with `until`."""

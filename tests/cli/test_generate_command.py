@@ -18,7 +18,7 @@ from lib.export import saved
 from lib.export.generate import Sampling, generate
 from lib.export.hf import stop_ids
 from lib.models import ramgpt
-from tests.conftest import ROOT, cpu_seconds
+from tests.conftest import HANG_S, ROOT, cpu_seconds
 from tests.project import add_model, make_project, run_module
 
 COMMAND = (sys.executable, "-m", "lib.cli.main")
@@ -303,7 +303,7 @@ def test_a_closed_pipe_ends_quietly(project):
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     err = process.stderr.read().decode()
-    assert process.wait(60) == 0, err
+    assert process.wait(HANG_S) == 0, err
     assert "Traceback" not in err and "Broken pipe" not in err
 
 

@@ -15,6 +15,7 @@ from lib.core.errors import EnvError, InputError, UserError
 from lib.eval import bpb
 from lib.eval.bpb import Measured, Ranks, measure
 from lib.eval.scorer import Rules, Scorer, bits_per_byte, plan_windows, sum_rows
+from tests.conftest import HANG_S
 from tests.standins import ByteTokenizer, Causal, Fixed, PairTokenizer, uniform
 
 T = 16
@@ -220,9 +221,9 @@ def test_ranks_share_the_documents_and_get_the_same_number(world, monkeypatch):
     def run(rank: int) -> None:
         def add(part):
             slots[rank] = part
-            barrier.wait()
+            barrier.wait(HANG_S)
             total = np.sum(np.stack(slots), axis=0)
-            barrier.wait()
+            barrier.wait(HANG_S)
             return total
 
         seen = []
@@ -242,7 +243,7 @@ def test_ranks_share_the_documents_and_get_the_same_number(world, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(HANG_S)
     names = [name for name, _ in DOCUMENTS]
     for rank, (result, seen) in enumerate(results):
         assert seen == names[rank::world], f"rank {rank}"

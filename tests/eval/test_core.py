@@ -330,7 +330,7 @@ def test_ranks_share_the_work_and_decide_the_same(world, tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_S)
     for label, records in whole.items():
         for one, want in zip(found[0][label], records, strict=True):
             assert {k: one[k] for k in ("i", "row", "gold", "pred", "correct", "span")} == {

@@ -15,6 +15,7 @@ from lib.core.errors import UserError
 from lib.models import load_family
 from lib.models.base import Family, build
 from lib.train.trainer import train
+from tests.faults.crash import in_child
 from tests.train.tiny import BASE, CONTEXT, VOCAB, Rows, make_job
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -68,11 +69,8 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, name, c
     """Curvature, scores of channels and their rate are in the checkpoint or follow the step."""
     whole = run(tmp_path / "whole", name, **changes).weights
     for at in kills:
-        child = os.fork()
-        if child == 0:
-            run(tmp_path / "killed", name, Killing(at), **changes)
-            os._exit(0)
-        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        status = in_child(lambda at=at: run(tmp_path / "killed", name, Killing(at), **changes))
+        assert os.WIFSIGNALED(status), status
     again = run(tmp_path / "killed", name, **changes).weights
     for key, tensor in whole.items():
         assert torch.equal(again[key], tensor), key
@@ -99,10 +97,9 @@ def test_8_bit_moments_survive_a_kill_bit_by_bit(tmp_path):
     settings = replace(BASE, optimizer="adamw8bit", steps=4, eval_every=0, warmup=1)
     wide = {"width": 64, "d_ff": 64}  # matrices of 4,096 elements have coded moments
     whole = run(tmp_path / "whole", "phase7", settings=settings, **wide).weights
-    child = os.fork()
-    if child == 0:
-        run(tmp_path / "killed", "phase7", Killing(3), settings=settings, **wide)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    status = in_child(
+        lambda: run(tmp_path / "killed", "phase7", Killing(3), settings=settings, **wide)
+    )
+    assert os.WIFSIGNALED(status), status
     again = run(tmp_path / "killed", "phase7", settings=settings, **wide).weights
     assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
