@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HANG_S = 600  # a process that takes longer hangs: a bound for slow machines, not a speed
 SHARED = Path(os.environ.get("KUMIKI_SHARED") or ROOT.parent / "shared")
 
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")  # or every dvc leaves a process that asks a host
+
 # A deadline an example, and a limit for drawing one, would measure the machine's load.
 settings.register_profile(
     "search", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
