@@ -61,6 +61,7 @@ class StopRequest:
 
     def __init__(self, message: str, defer: bool = False) -> None:
         self.message, self.defer, self.asked = message, defer, False
+        self._left = False  # the block: its end is the owner's to tell
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopRequest]:
@@ -74,6 +75,7 @@ class StopRequest:
         try:
             yield self
         finally:
+            self._left = True
             signal.set_wakeup_fd(old_fd)
             for number, handler in old.items():
                 signal.signal(number, handler)
@@ -101,9 +103,10 @@ class StopRequest:
                 timer.start()
 
     def _leave(self) -> None:
-        with contextlib.suppress(OSError):
-            start = progress.CLEAR if progress.on_terminal() else ""
-            os.write(2, (start + self.message + "\n").encode())
+        if not self._left:  # else a slow end is cut short, and the message stands there
+            with contextlib.suppress(OSError):
+                start = progress.CLEAR if progress.on_terminal() else ""
+                os.write(2, (start + self.message + "\n").encode())
         os._exit(Interrupted.code)
 
 

@@ -197,6 +197,29 @@ def test_a10_a_first_signal_ends_with_75_and_leaves_no_process(project, mode, nu
     assert outcome(project)[0] == 0
 
 
+SLOW_END = """
+import os, signal, sys, time
+from lib.core import process
+process.DROP_GRACE_S = 0.2
+stop = process.StopRequest("interrupted")
+try:
+    with stop.installed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+except process.Interrupted:
+    os.write(2, b"interrupted\\n")
+    time.sleep(60)
+"""
+
+
+def test_a10_an_interruption_is_told_once_however_long_the_end_takes():
+    """Where the end takes longer than the grace the watcher ends it; it said so a second time."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_END], cwd=ROOT, capture_output=True, timeout=HANG_S
+    )
+    assert (done.returncode, done.stderr) == (75, b"interrupted\n")
+
+
 def test_a11_a_stage_dies_with_its_parent(project):
     """Killing `dvc` alone must not leave a trainer behind: the death signal is the only notice."""
     (project / "in.txt").write_text("sleep")
