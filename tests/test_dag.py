@@ -33,6 +33,17 @@ def test_every_import_is_declared_and_every_declaration_imported():
     assert dag.differences(ROOT) == []
 
 
+def test_hashing_code_changes_nothing_that_is_asked_afterwards():
+    """The trees are shared: without its docstring a package file counted as code, from then on."""
+    dag._source.cache_clear()
+    dag.code_hash.cache_clear()
+    alone = dag.code_hash("stages.pretrain", ROOT)
+    dag.code_hash("stages.evaluate", ROOT)
+    dag.code_hash.cache_clear()
+    assert dag.code_hash("stages.pretrain", ROOT) == alone
+    assert dag.differences(ROOT) == []
+
+
 def test_an_undeclared_import_and_an_idle_declaration_are_both_found(tmp_path):
     """The test above must be able to fail."""
     for part in ("lib", "stages"):

@@ -110,19 +110,28 @@ def code_hash(module: str, root: Path) -> dict[str, str]:
     hashes = {}
     for name in closure(entry, root):
         if name.startswith(COMPUTES) or name == "lib/core/rng.py" or root / name in entry:
-            tree = ast.dump(_without_docstrings(_source(root / name)))
+            tree = _dump_without_docstrings(_source(root / name))
             hashes[name] = hashlib.sha256(tree.encode()).hexdigest()[:16]
     return hashes
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    """The same tree, its docstrings removed in place (parsing again would double the cost)."""
+def _dump_without_docstrings(tree: ast.Module) -> str:
+    """The tree as text. Docstrings are out of it for that long: a copy would double the cost.
+
+    They must come back: a package file whose docstring is gone would look like one with code.
+    """
+    kept: list[tuple[Any, list[ast.stmt]]] = []
     for node in [tree, *_statements(tree.body)]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                kept.append((node, node.body))
                 node.body = node.body[1:] or [ast.Pass()]
-    return tree
+    try:
+        return ast.dump(tree)
+    finally:
+        for node, body in kept:
+            node.body = body
 
 
 # ---------------------------------------------------------------- dvc.yaml
