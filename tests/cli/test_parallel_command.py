@@ -44,7 +44,7 @@ def project(tmp_path) -> Path:
     (root / "params.yaml").write_text(PARAMS)
     stages = ["stages:"]
     for name, dep in (("up", "make.py"), ("a", "up.txt"), ("b", "up.txt"), ("c", "a.txt")):
-        stages += [f"  {name}:", f"    cmd: exec {sys.executable} make.py {name} {marks}",
+        stages += [f"  {name}:", f"    cmd: exec {sys.executable} make.py {name} '{marks}'",
                    f"    deps: [{dep}]", f"    outs: [{name}.txt]"]  # fmt: skip
     (root / "dvc.yaml").write_text("\n".join(stages) + "\n")
     (root / ".gitignore").write_text("/*.txt\n/.kumiki/\n/data/\n/checkpoints/\n/scratch/\n")
