@@ -7,15 +7,18 @@ PYTEST := python -m pytest -q -n auto -m "not gpu and not slow and not faults"
 # make repro TORCH_INDEX=<index> adds a package index, for example one with CPU-only torch wheels.
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# Bytecode is made of what is imported, when it is: all of it takes longer than the installation.
+PIP = $(BIN)/python -m pip install --quiet --no-compile $(PIP_INDEX) -c constraints.txt
+
 E = dvc exp run -S profile=
 
-.PHONY: repro test test-interpret test-aot triton check gate dag setup faults faults-sample clean-state format
+.PHONY: repro test test-interpret test-aot triton check gate dag setup tools faults faults-sample clean-state format
 
 repro: setup  ## the whole pipeline with the default parameters, then the leaderboard
 	dvc repro
 	kumiki report
 
-test: setup  ## all tests that need no accelerator, one process a core
+test: tools  ## all tests that need no accelerator, one process a core
 	$(PYTEST)
 
 test-interpret: triton  ## Triton kernels, interpreted on the CPU (ALL=1: with what takes minutes)
@@ -26,11 +29,11 @@ test-aot: triton  ## Triton kernels, compiled for GPUs without one (ALL=1: all t
 	env -u TRITON_INTERPRET KUMIKI_TEST_AOT=1 \
 	  python -m pytest -q -n auto $(if $(ALL),,-m "not slow") tests/kernels/test_aot.py
 
-triton: setup
+triton: tools
 	@python -c 'from lib.core.kernel_choice import missing; raise SystemExit(bool(missing()))' || \
-	  $(BIN)/python -m pip install --quiet $(PIP_INDEX) -c constraints.txt -e '.[triton]'
+	  $(PIP) -e '.[triton]'
 
-check: setup gate  ## what every change passes: lint, types, parameters, DAG, tests
+check: tools gate  ## what every change passes: lint, types, parameters, DAG, tests
 	ruff check .
 	ruff format --check .
 	pyright
@@ -47,19 +50,19 @@ gate: setup  ## dvc.yaml and dvc.lock in step with the code
 dag: setup  ## write the code dependencies into dvc.yaml
 	python -m lib.core.dag --write
 
-format: setup
+format: tools
 	ruff check --fix .
 	ruff format .
 
 FAULTS := .kumiki-faults
-faults: setup  ## the whole fault catalogue, every crash point; writes docs/reliability.md
+faults: tools  ## the whole fault catalogue, every crash point; writes docs/reliability.md
 	rm -f $(FAULTS).jsonl
 	OMP_NUM_THREADS=1 KUMIKI_FAULTS_EVERY=1 KUMIKI_FAULTS_REPORT=$(CURDIR)/$(FAULTS).jsonl \
 	  python -m pytest -q -n auto --dist worksteal --durations=40 --junitxml $(FAULTS).xml \
 	  $$(python -m tests.faults.catalogue)
 	python -m tests.faults.catalogue $(FAULTS).jsonl $(FAULTS).xml
 
-faults-sample: setup  ## a fixed sample of it, minutes
+faults-sample: tools  ## a fixed sample of it, minutes
 	OMP_NUM_THREADS=1 python -m pytest -q -n auto --dist loadfile --durations=10 -m faults tests
 
 clean-state:  ## forget all working state and scratch; then `dvc repro -f` recomputes everything
@@ -167,5 +170,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  { echo "error: Python >= 3.11 is needed; make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 4; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "error: no venv module; install it (Debian: python3-venv)" >&2; exit 4; }
-	$(BIN)/python -m pip install --quiet $(PIP_INDEX) -c constraints.txt -e '.[test]'
+	$(PIP) -e .
+	@touch $@
+
+tools: $(VENV)/.tools  ## and what tests, lint and types need
+
+$(VENV)/.tools: $(VENV)/.ready
+	$(PIP) -e '.[test]'
 	@touch $@

@@ -3,9 +3,11 @@
 `python -m lib.core.dag --write` puts every stage's import closure into dvc.yaml (comments stay);
 `--check` compares both directions. `code_hash` is what a working state remembers of the code.
 
-Rule:  a stage depends on the files it imports, one by one; a folder that it imports whole is one
-       dependency, and so is `lib/core`, the frame, of which every stage takes nearly all.
-Why:   DVC reads and writes all of dvc.lock after each stage, which cost more than a small stage.
+Rule:  a stage depends on the files it imports, one by one; a folder of which it imports three
+       files in five (a training run: nine in ten) is one dependency, but never the families.
+Why:   DVC reads and writes all of dvc.lock after each stage, which cost more than a small stage. A
+       file too many costs little where the work is still there: the stage finds it finished, by
+       `code_hash`, which is exact, and publishes it again. Training is what may last for days.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from lib.core.errors import KumikiError, UserError, raise_all, report_lines
 DVC_YAML = "dvc.yaml"
 ROOTS = ("lib", "stages")
 REPORT = "report"  # the stage whose data dependencies are written too: every run's files
-FRAME = "lib/core"
+NEARLY, TRAINING = 0.6, 0.9  # of a folder's files, and the folder stands for them
+FAMILIES = "lib/models"
 KERNELS = "lib/kernels"  # what lies in an operator's folder is chosen when it runs
 # What computes: a change here may change bytes, so unfinished work is not silently continued.
 COMPUTES = ("lib/data/", "lib/models/", "lib/nn/", "lib/kernels/", "lib/train/", "lib/eval/")
@@ -89,13 +92,13 @@ def closure(entries: list[Path], root: Path) -> list[str]:
     return sorted(p.relative_to(root).as_posix() for p in done)
 
 
-def folded(names: list[str], root: Path) -> list[str]:
-    """`names`, with the folder in place of its files wherever none of them is missing."""
+def folded(names: list[str], root: Path, nearly: float = TRAINING) -> list[str]:
+    """`names`, with a folder in place of its files where that share of them is there."""
     left, folders = set(names), []
     for folder in sorted(path for path in (root / "lib").glob("**/") if path != root / "lib"):
         name = folder.relative_to(root).as_posix()
         inside = {path.relative_to(root).as_posix() for path in folder.glob("**/*.py")}
-        if inside and (inside <= left or (name == FRAME and inside & left)):
+        if name != FAMILIES and inside & left and len(inside & left) >= nearly * len(inside):
             left, folders = left - inside, [*folders, name]
     return sorted([*left, *folders])
 
@@ -190,7 +193,7 @@ def families_of(body: dict[str, Any], root: Path) -> tuple[list[Path], set[str]]
 
 
 def wanted_code(body: dict[str, Any], root: Path) -> list[str]:
-    """The code that a stage should declare: files, and folders that it imports whole."""
+    """The code that a stage should declare: files, and folders of which it imports nearly all."""
     entries = []
     for module in body["cmd"].split():
         if module.startswith(("stages.", "lib.")):
@@ -198,7 +201,8 @@ def wanted_code(body: dict[str, Any], root: Path) -> list[str]:
     entries += loaded_by_name(module_of(body["cmd"]), root)
     families, templated = families_of(body, root)
     files = closure(entries + families, root)
-    names = folded([name for name in files if name not in templated], root)
+    nearly = TRAINING if module_of(body["cmd"]) == "stages.pretrain" else NEARLY
+    names = folded([name for name in files if name not in templated], root, nearly)
     return [name for name in names if not _is_bare(root / name)]
 
 
