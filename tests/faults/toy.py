@@ -181,8 +181,8 @@ def warm(project: Path, *steps: str) -> None:
         "lib.cli.estimate",
         "numpy.ctypeslib",
     ]
-    names += [f"lib.data.{n}" for n in ("extract", "encode", "tokenizer", "embedded", "hub")]
-    names += [f"lib.data.{n}" for n in ("sources", "local", "remote", "embedding_plan")]
+    names += [f"lib.data.{n}" for n in ("extract", "encode", "embedding_plan", "vocab.tokenizer")]
+    names += [f"lib.data.raw.{n}" for n in ("sources", "embedded", "hub", "local", "remote")]
     names += [f"stages.{step.words[0]}" for step in STEPS.values()]
     hashed = [f"stages.{STEPS[e].words[0]}" for s in steps for e in (*order_of(s), s)]
     if any(STEPS[step].words[0] in MODELLED for step in steps):
