@@ -549,7 +549,7 @@ def test_states_keep_their_size_over_many_recursions():
         y, z = model.first(x)
         for _ in range(6):
             y, z = model.advance(x, y, z, trm.Tape(model.rope(0, T, x)))
-        sizes[norm] = float(y.square().mean().sqrt())
+        sizes[norm] = y.square().mean().sqrt().item()
     assert sizes[True] == pytest.approx(1, abs=0.01) and sizes[False] > 3, sizes
 
 
