@@ -21,9 +21,9 @@ MAX_DIGITS = 4300  # of one number: Python's own limit for integers, here for ev
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _NUMBER_RUN = re.compile(r"[-+.eE0-9]*+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][-+]?[0-9]++)?")
-# Whole escapes only, so a run may be decoded by itself; a high surrogate waits for its partner. Plain
-# characters stand last: what fails there has consumed nothing. Before Python 3.11.5 a possessive
-# group keeps what its last alternative had consumed when it failed (gh-106052).
+# Whole escapes only, so a run may be decoded by itself; a high surrogate waits for its partner.
+# Plain characters stand last: what fails there has consumed nothing. Before Python 3.11.5 a
+# possessive group keeps what its last alternative had consumed when it failed (gh-106052).
 _STRING_RUN = re.compile(
     r'(?:\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}'
     r"|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
