@@ -12,7 +12,6 @@ in `MODELS` where its first size of the contract suite is not the one to use her
 from __future__ import annotations
 
 import argparse
-import copy
 import errno
 import gzip
 import importlib
@@ -194,7 +193,6 @@ def warm(project: Path, *steps: str) -> None:
     for name in hashed:
         dag.code_hash(name, ROOT)
     dedup._weights()
-    params.read_yaml = _remembering(params.read_yaml)
     params.load(project)
     chunkstore.mount_of = lambda place: "ext4"  # scratch is refused in memory, where toys may lie
 
@@ -218,19 +216,6 @@ def _warm_models() -> None:
 
 
 MODELLED = ("pretrain", "evaluate", "export", "precompute_embeddings")
-
-
-def _remembering(read: Callable[[Path], dict]) -> Callable[[Path], dict]:
-    """`read`, but equal bytes are parsed once: the parser alone takes as long as three steps."""
-    known: dict[bytes, dict] = {}
-
-    def remembered(path: Path) -> dict:
-        data = path.read_bytes()
-        if data not in known:
-            known[data] = read(path)
-        return copy.deepcopy(known[data])
-
-    return remembered
 
 
 VARYING = (
