@@ -26,6 +26,7 @@ from typing import Any
 from lib.core.data_settings import EmbeddedSource
 from lib.core.errors import EnvError
 from lib.core.process import PoolMap
+from lib.data.raw.shards import is_utf8
 
 SKIPPED_FOLDERS = frozenset(
     (
@@ -185,7 +186,7 @@ def _read_unit(unit: tuple[int, list[tuple[str, Path]]]) -> tuple[list[Document]
             except (SyntaxError, ValueError, RecursionError, OSError):
                 unparsable.append(file)
                 continue
-            kept = [d for d in found if _is_utf8(d.text)]
+            kept = [d for d in found if is_utf8(d.text)]
             lost += len(found) - len(kept)
             documents += kept
     return documents, unparsable, lost
@@ -274,11 +275,3 @@ def _topics(tree: ast.Module) -> list[tuple[str, int, str]]:
                 assert key is not None
                 found.append((ast.literal_eval(key), value.lineno, ast.literal_eval(value)))
     return found
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -22,7 +22,7 @@ from lib.core.artifact import FileEntry
 from lib.core.data_settings import HubDatasetSource
 from lib.core.errors import EnvError, InputError, UserError
 from lib.core.progress import watched
-from lib.data.raw.shards import ShardFolder, write_parquet
+from lib.data.raw.shards import ShardFolder, is_utf8, write_parquet
 from lib.data.vocab import chat
 
 SHARD_ROWS, ROW_GROUP = 8192, 1024
@@ -184,7 +184,7 @@ def text_of(sample: dict[str, Any], source: HubDatasetSource) -> str | None:
     else:
         parts = [sample[n] for n in names]
         text = "\n\n".join(p for p in parts if isinstance(p, str) and p) or None
-    return text if isinstance(text, str) and _is_utf8(text) else None
+    return text if isinstance(text, str) and is_utf8(text) else None
 
 
 def _join_messages(messages: Any, join: str) -> str | None:
@@ -203,14 +203,6 @@ def _join_messages(messages: Any, join: str) -> str | None:
         # one pass: a brace inside a message is text
         written.append(re.sub(r"\{(content|role)\}", lambda m, f=fields: f[m[1]], join))
     return "".join(written).removesuffix("\n")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- the stream

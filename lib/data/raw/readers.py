@@ -34,6 +34,7 @@ from lib.data.raw.lines import (
     region,
     without_bom,
 )
+from lib.data.raw.shards import is_utf8
 from lib.data.raw.strict_json import MAX_DEPTH, MAX_DIGITS, Rejected, field_chunks, field_of
 
 try:
@@ -237,7 +238,7 @@ class JsonLines:
             # A run of more than MAX_DIGITS number characters covers one of these positions.
             if not _NUMBER_BYTES.isdisjoint(line[MAX_DIGITS - 1 :: MAX_DIGITS]):
                 return None
-        if _LENIENT and not _encodable(text):
+        if _LENIENT and not is_utf8(text):
             return None
         return text
 
@@ -258,14 +259,6 @@ class JsonLines:
             return field_of(line, self.name)
         except Rejected as rejected:
             return rejected
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_txt(shard: Shard, counts: ReadCounts) -> Iterator[Batch | LongText]:

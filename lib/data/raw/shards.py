@@ -69,6 +69,15 @@ class ParquetFacts:
     row_groups: int
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a shard can hold `text`: a lone surrogate has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_parquet(
     path: Path, columns: Mapping[str, Sequence[str | None]], row_group: int
 ) -> tuple[FileEntry, ParquetFacts]:
