@@ -8,6 +8,8 @@ PYTEST := python -m pytest -q -n auto -m "not gpu and not slow and not faults"
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # Bytecode is made of what is imported, when it is: all of it takes longer than the installation.
+# Where it may not be written (as in many containers) every stage would compile torch anew, 1 s.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(BIN)/python -m pip install --quiet --no-compile $(PIP_INDEX) -c constraints.txt
 
 E = dvc exp run -S profile=

@@ -11,6 +11,7 @@ Codes: see `lib.core.errors`. `except Exception` stands here and nowhere else.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import gc
@@ -196,6 +197,7 @@ def main(
     that the result is there, also where nothing was to do.
     """
     gc.set_threshold(COLLECT_EVERY)
+    atexit.register(gc.freeze)  # the interpreter's last looks for cycles took a second (measured)
     code = _guarded(stage, body, identity, check, modules, after, argv)
     ranks.leave_code(code)
     return code

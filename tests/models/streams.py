@@ -68,7 +68,8 @@ def run_steps(model: Any, steps: range, optimizer: Any = None, clip: float = 1.0
     for step in steps:
         seen = []
         for loss in model.losses(SimpleNamespace(tokens=None, targets=None, step=step, rows=None)):
-            loss.backward()
+            with torch.autocast("cpu", enabled=False):  # as the trainer does
+                loss.backward()
             seen.append(loss.item())
         if seen:
             totals.append(sum(seen))

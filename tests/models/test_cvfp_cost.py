@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.train.precision import autocast, compute_dtype
 from tests.conftest import ROOT
 from tests.models.streams import make, run_steps
 
@@ -18,7 +19,7 @@ def peak_and_plan(tokens: int, width: int, vocab: int, chunk: int, folder: Path)
     """Bytes: the most that a process of its own had resident over two sweeps, and its plan."""
     words = [sys.executable, "-m", __name__, *map(str, (tokens, width, vocab, chunk, folder))]
     folder.mkdir()
-    own = {**os.environ, "KUMIKI_SCRATCH": str(folder), "OMP_NUM_THREADS": "1"}
+    own = {**os.environ, "KUMIKI_SCRATCH": str(folder)}
     done = subprocess.run(words, check=True, cwd=ROOT, env=own, capture_output=True, text=True)
     peak, planned = map(int, done.stdout.split()[-2:])
     return peak, planned
@@ -34,6 +35,7 @@ def test_memory_is_as_planned_and_no_matter_of_the_streams_length(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)  # 10 minutes on two cores that multiply bf16, an hour on others
 def test_six_layers_of_width_768_stay_below_eight_gigabytes(tmp_path):
     """Two chunks of a million tokens, each as in the original's whole job."""
     peak, planned = peak_and_plan(2_000_000, 768, 50_257, 1_000_000, tmp_path / "wide")
@@ -55,12 +57,13 @@ def child(tokens: int, width: int, vocab: int, chunk: int, folder: Path) -> None
     """Sweep 0 and one that learns, as the trainer runs them."""
     from tests.models.test_cvfp import zipf
 
-    torch.set_num_threads(1)
     model = make(
         zipf(tokens, vocab, width, dtype=torch.float32), folder, dtype=torch.float32,
         seed_compat=True, chunk_tokens=chunk, sweeps=2,
     )  # fmt: skip
-    run_steps(model, range(2 * -(-tokens // chunk)))
+    cpu = torch.device("cpu")
+    with autocast(cpu, compute_dtype("auto", cpu)):
+        run_steps(model, range(2 * -(-tokens // chunk)))
     status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's, too
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
     sys.stdout.write(f"{int(peak) * 1024} {round(model.planned_bytes())}\n")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.core.errors import UserError
 from lib.models import load_family
@@ -74,6 +77,44 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, name, c
     again = run(tmp_path / "killed", name, **changes).weights
     for key, tensor in whole.items():
         assert torch.equal(again[key], tensor), key
+
+
+class KillAtOperation(TorchDispatchMode):
+    """Counts what torch is asked for, in backward and the update too; the n-th ends the process."""
+
+    def __init__(self, n: float = math.inf) -> None:
+        super().__init__()
+        self.n, self.seen = n, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+        self.seen += 1
+        if self.seen >= self.n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": {"target": None}}], ids=["rank", "fixed"])
+def test_phase7_killed_at_twenty_random_points_ends_with_the_same_bits(tmp_path, changes):
+    """phase7.md 12.16: within steps, the curvature on its way for most of them; killed in a row."""
+    with KillAtOperation() as counter:
+        whole = run(tmp_path / "whole", "phase7", **changes).weights
+    draw, kills, runs = random.Random(16), 0, 0
+
+    def attempt(folder: Path, n: int) -> None:
+        with KillAtOperation(n):
+            run(folder, "phase7", **changes)
+
+    def status_of(folder: Path) -> int:
+        n = draw.randint(1, counter.seen)
+        return in_child(lambda: attempt(folder, n))
+
+    while kills < 20:
+        folder, runs = tmp_path / str(runs), runs + 1
+        while status := status_of(folder):
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+            kills += 1
+        again = run(folder, "phase7", **changes).weights
+        assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
 
 
 def test_scores_keep_their_rate_while_the_others_fall(tmp_path):
