@@ -23,10 +23,16 @@ STAGE = Stage(
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """The model and the form asked for."""
+    """The model, the form asked for, and the code that may go along, word for word."""
+    from lib.export.sources import auto_map_sources, families_of
+    from lib.train.final import config_of
+
+    known = config_of(run.inputs["model"])
+    sources = auto_map_sources(families_of(known["family"], known["config"]))
     return {
         "export": artifact.plain(run.settings.export),
         "model": stage.input_hash(run.inputs["model"]),
+        "sources": artifact.key_of("sources", sources),
     }
 
 

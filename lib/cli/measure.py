@@ -191,7 +191,7 @@ def reached_by_gradient(model: Family) -> set[str]:
 
 def main() -> int:
     """One trial: two steps of a model of `depth` blocks under a limit of memory; JSON on stdout."""
-    from lib.core.params import typed
+    from lib.core.typed import typed
 
     asked = json.loads(sys.argv[1])
     family = load_family(asked["family"])

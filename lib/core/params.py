@@ -12,28 +12,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import itertools
 import re
 import sys
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from lib.core.errors import KumikiError, UserError, raise_all, report_lines
 from lib.core.heads import config_class, family_names
-from lib.core.refusal import Refused
 from lib.core.settings import Settings
+from lib.core.typed import Problem, build, error_of, nearest, unknown_keys
 
 PARAMS, LOCAL = "params.yaml", ".kumiki.yaml"
-_SECRET = re.compile(r"(^|_)(token|secret|password|api_key|access_key)$", re.IGNORECASE)
 _MAX_DEPTH = 100
 _MAX_ALIASES = 1000
-
-Problem = tuple[str, str, object, str]  # what, key, value, remedy
 
 
 def load(root: Path = Path(), overrides: Sequence[str] = ()) -> Settings:
@@ -44,7 +39,7 @@ def load(root: Path = Path(), overrides: Sequence[str] = ()) -> Settings:
     path = root / PARAMS
     raw = read_yaml(path)
     local = read_yaml(root / LOCAL) if (root / LOCAL).is_file() else {}
-    raise_all(_unknown(local, ("runtime",), "", LOCAL))
+    raise_all([error_of(problem, LOCAL) for problem in unknown_keys(local, ("runtime",))])
     profiles = _profiles(raw, path)
     active = raw.get("profile")
     if not isinstance(active, str) or active not in profiles:
@@ -55,8 +50,8 @@ def load(root: Path = Path(), overrides: Sequence[str] = ()) -> Settings:
     for name in [active, *(p for p in profiles if p != active)]:
         last = [local, _parse_overrides(overrides)] if name == active else []
         settings, problems = resolve(raw, name, *last)
-        for what, key, value, remedy in problems:
-            error = UserError(what, file=path, value=_told(key, value, what), remedy=remedy)
+        for problem in problems:
+            error = error_of(problem, path)
             errors.setdefault(str(error), error)
         if name == active:
             chosen = settings
@@ -83,7 +78,7 @@ def resolve(raw: dict, profile: str, *last: dict) -> tuple[Settings | None, list
     merged = merge(base, overlay, *last, {"profile": profile})
     problems: list[Problem] = []
     runs = inherit(merged)
-    settings = _build(Settings, {**merged, "train": runs}, "", problems)
+    settings = build(Settings, {**merged, "train": runs}, "", problems)
     models, configs = _build_models(merged, runs, problems)
     once: dict[tuple, Problem] = {}  # what a run inherits is told where the file has it, once
     for what, key, value, remedy in problems:
@@ -108,14 +103,6 @@ def merge(*layers: Mapping) -> dict:
             old = result.get(key)
             both = isinstance(old, Mapping) and isinstance(value, Mapping)
             result[key] = merge(old, value) if both else value  # type: ignore[arg-type]  # both
-    return result
-
-
-def typed(kind: type, value: Any, file: str | Path) -> Any:
-    """`value`, as JSON or YAML in `file` gives it, as the dataclass `kind`; all errors at once."""
-    problems: list[Problem] = []
-    result = _build(kind, value, "", problems)
-    raise_all([UserError(w, file=file, value=_told(k, v, w), remedy=r) for w, k, v, r in problems])
     return result
 
 
@@ -172,9 +159,9 @@ def _build_models(
     models: dict[str, Any] = {}
     for family, value in sections.items():
         if family not in known:
-            problems.append(("unknown family", f"model.{family}", None, _nearest(family, known)))
+            problems.append(("unknown family", f"model.{family}", None, nearest(family, known)))
             continue
-        models[family] = _build(config_class(family), value, f"model.{family}", problems)
+        models[family] = build(config_class(family), value, f"model.{family}", problems)
     configs: dict[str, Any] = {}
     for name, run in runs.items():
         if name == "defaults" or not isinstance(run, Mapping):
@@ -182,7 +169,7 @@ def _build_models(
         family, overlay = run.get("family") or name, run.get("model")
         if family not in known:
             problems.append(
-                ("unknown family", f"train.{name}.family", family, _nearest(family, known))
+                ("unknown family", f"train.{name}.family", family, nearest(family, known))
             )
             continue
         if overlay is None and family in models:
@@ -191,7 +178,7 @@ def _build_models(
         base = sections.get(family)
         layers = [x if isinstance(x, Mapping) else {} for x in (base, overlay)]
         found: list[Problem] = []
-        configs[name] = _build(config_class(family), merge(*layers), f"train.{name}.model", found)
+        configs[name] = build(config_class(family), merge(*layers), f"train.{name}.model", found)
         own = [p for p in found if family not in models or models[family] is not None]
         problems.extend(own)  # a section that is wrong by itself is told once
     return models, configs
@@ -250,155 +237,12 @@ def _parse_overrides(overrides: Sequence[str]) -> dict:
     return result
 
 
-def _told(key: str, value: object, what: str) -> str:
-    """`key` alone where the value says nothing, else both."""
-    if what.startswith(("unknown", "missing", "secret")):
-        return key
-    text = "null" if value is None else f"{value}"
-    return f"{key} is {text}"
-
-
 def _has(tree: object, key: str) -> bool:
     for part in key.split("."):
         if not isinstance(tree, Mapping) or part not in tree:
             return False
         tree = tree[part]
     return True
-
-
-# ---------------------------------------------------------------- typed building
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _build(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
-    """`value` as an instance of the annotation `kind`; where that fails, a problem and None."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if is_dataclass(kind):
-        return _build_dataclass(kind, value, key, problems)  # type: ignore[arg-type]  # a class
-    if origin is Literal:
-        if value in arguments and type(value) in {type(a) for a in arguments}:
-            return value
-        return _wrong(key, value, _nearest(value, arguments), problems)
-    if origin in (Union, types.UnionType):
-        return _build_union(arguments, value, key, problems)
-    if origin is tuple:
-        if not isinstance(value, list):
-            return _wrong(key, value, "give a list", problems)
-        return tuple(
-            _build(arguments[0], one, f"{key}.{i}", problems) for i, one in enumerate(value)
-        )
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            return _wrong(key, value, "give a mapping", problems)
-        bad_names = [n for n in value if not isinstance(n, str) or not re.fullmatch(r"[\w\-.]+", n)]
-        for name in bad_names:
-            _wrong(f"{key}.{name}", name, "names are letters, digits, _ and -", problems)
-        return {n: _build(arguments[1], one, f"{key}.{n}", problems) for n, one in value.items()}
-    return _build_scalar(kind, value, key, problems)
-
-
-def _build_scalar(kind: type, value: Any, key: str, problems: list[Problem]) -> Any:
-    if kind is float and type(value) in (int, float):
-        if value != value or value in (float("inf"), float("-inf")):
-            return _wrong(key, value, "give a finite number", problems)
-        return float(value)
-    if type(value) is kind:
-        return value
-    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    remedy = f"give {words.get(kind, kind.__name__)}"
-    if kind is int and type(value) is float and value.is_integer():
-        remedy = f"write {int(value)}"
-    return _wrong(key, value, remedy, problems)
-
-
-def _build_union(kinds: Iterable[Any], value: Any, key: str, problems: list[Problem]) -> Any:
-    kinds = list(kinds)
-    if value is None and type(None) in kinds:
-        return None
-    kinds = [k for k in kinds if k is not type(None)]
-    tagged = {_tag(k): k for k in kinds if is_dataclass(k)}
-    if tagged and None not in tagged:  # a tagged union: `kind` chooses
-        if not isinstance(value, Mapping):
-            return _wrong(key, value, "give a mapping with `kind`", problems)
-        chosen = value.get("kind")
-        if chosen not in tagged:
-            return _wrong(f"{key}.kind", chosen, _nearest(chosen, tagged), problems)
-        return _build(tagged[chosen], value, key, problems)
-    trials: list[list[Problem]] = []
-    for kind in kinds:
-        trial: list[Problem] = []
-        result = _build(kind, value, key, trial)
-        if not trial:
-            return result
-        trials.append(trial)
-    problems.extend(trials[0])
-    return None
-
-
-def _tag(kind: Any) -> str | None:
-    hint = _hints(kind).get("kind")
-    return get_args(hint)[0] if get_origin(hint) is Literal else None
-
-
-def _build_dataclass(kind: type, value: Any, key: str, problems: list[Problem]) -> Any:
-    if not isinstance(value, Mapping):
-        return _wrong(key, value, "give a mapping", problems)
-    dot = f"{key}." if key else ""
-    known = {f.name: f for f in fields(kind)}
-    found: list[Problem] = []
-    for error in _unknown(value, known, dot, PARAMS):
-        found.append((error.what, str(error.value), None, str(error.remedy)))
-    hints = _hints(kind)
-    given = {n: _build(hints[n], v, dot + n, found) for n, v in value.items() if n in known}
-    for name, field in known.items():
-        required = field.default is MISSING and field.default_factory is MISSING
-        if required and name not in value:
-            found.append(("missing key", dot + name, None, "add it"))
-    problems.extend(found)
-    if found:
-        return None
-    try:
-        return kind(**given)
-    except Refused as refused:
-        problems.extend(("not possible", dot + k, v, r) for k, v, r in refused.problems)
-        return None
-
-
-def _unknown(value: Mapping, known: Iterable[str], dot: str, file: str) -> list[KumikiError]:
-    errors: list[KumikiError] = []
-    for name in value:
-        if name in known:
-            continue
-        name = str(name)
-        nearly = difflib.get_close_matches(name, list(known), n=1, cutoff=0.9)
-        if _SECRET.search(name) and not nearly:  # `encode_token` is a slip, no secret
-            remedy = f"remove it and export {name.upper()}"
-            errors.append(UserError("secret", file=file, value=dot + name, remedy=remedy))
-            continue
-        close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-        remedy = f"did you mean {dot}{close[0]}?" if close else f"choose {_choices(known)}"
-        errors.append(UserError("unknown key", file=file, value=dot + name, remedy=remedy))
-    return errors
-
-
-def _wrong(key: str, value: Any, remedy: str, problems: list[Problem]) -> None:
-    problems.append(("wrong value", key, repr(value) if isinstance(value, str) else value, remedy))
-
-
-def _nearest(value: Any, choices: Iterable[Any]) -> str:
-    choices = [str(c) for c in choices]
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"choose {_choices(choices)}"
-
-
-def _choices(names: Iterable[str]) -> str:
-    return "one of " + ", ".join(sorted(names))
 
 
 # ---------------------------------------------------------------- command

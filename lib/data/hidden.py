@@ -37,7 +37,7 @@ class About:
 
     def build(self, weights: Mapping[str, Tensor]) -> Frozen:
         """The blocks with `weights`, the state dict of a `Frozen`."""
-        from lib.core.params import typed
+        from lib.core.typed import typed
 
         family = load_family(self.family)
         config = typed(family.Config, self.model, "metadata.json")

@@ -23,15 +23,13 @@ from lib.core import files
 from lib.core.errors import InputError, UserError, redact
 from lib.data.vocab import chat
 from lib.export.gguf import has_gguf
+from lib.export.sources import MODELING, ROOT, auto_map_sources, families_of
 from lib.models.base import Native
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS, TOKENIZER, WEIGHTS = "kumiki.json", "tokenizer", "model.safetensors"
-MODELING, WRAPPER = "modeling_kumiki", "lib.export.modeling"
 FACTS = ("steps", "train_tokens", "train_flops", "seed", "fingerprint")  # of the provenance
 Form = Literal["auto", "native", "auto_map"]
 
-_IMPORT = re.compile(r"^(?P<lead>\s*)from (?P<module>lib(?:\.\w+)*) import", re.MULTILINE)
 _SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -70,7 +68,8 @@ def export(what: Exportable, folder: Path, form: Form = "auto") -> str:
         names, turned = {f"model.{name}": name for name in state}, []
         tensors = {theirs: state[ours] for theirs, ours in names.items()}
         config = _auto_map_config(what)
-        for name, text in auto_map_sources(what.family).items():
+        families = families_of(what.family, asdict(what.config))
+        for name, text in auto_map_sources(families).items():
             files.write_bytes(folder / name, text.encode())
         said = "auto_map" if native else f"auto_map: {reason}"
     _write_tensors(folder / WEIGHTS, tensors)
@@ -138,60 +137,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     kept = {name: tensors[name].detach().cpu().clone().contiguous() for name in sorted(tensors)}
     with files.library_file(path, sum(t.nbytes for t in kept.values())) as temp:
         save_file(kept, temp, {"format": "pt"})
-
-
-# ---------------------------------------------------------------- our own code for strangers
-
-
-def auto_map_sources(family: str) -> dict[str, str]:
-    """File name -> source of everything that the family's `Model` needs, for one flat folder.
-
-    `from lib.nn.rope import x` becomes `from .lib_nn_rope import x`, the one spelling of a
-    relative import that transformers' loader follows.
-    """
-    entry = f"lib.models.{family}"
-    sources = {f"{MODELING}.py": _wrapper(entry)}
-    todo, done = [entry], set()
-    while todo:
-        module = todo.pop()
-        if module in done:
-            continue
-        done.add(module)
-        text = _path_of(module).read_text(encoding="utf-8")
-        todo += [match["module"] for match in _IMPORT.finditer(text)]
-        sources[f"{_flat(module)}.py"] = _relative(text)
-    return sources
-
-
-def _wrapper(entry: str) -> str:
-    """The wrapper with its look-up of families replaced by the one family of the folder."""
-    text = _path_of(WRAPPER).read_text(encoding="utf-8")
-    found = "from lib.models.base import load_family\n"
-    assert text.count(found) == 1, f"{WRAPPER} no longer imports load_family"
-    own = f"""from .{_flat(entry)} import Config, Model
-
-
-class load_family:
-    \"\"\"The family of this folder, whatever name is asked for.\"\"\"
-
-    def __init__(self, name: str) -> None:
-        self.Config, self.Model = Config, Model
-"""
-    return text.replace(found, own)
-
-
-def _relative(text: str) -> str:
-    return _IMPORT.sub(lambda m: f"{m['lead']}from .{_flat(m['module'])} import", text)
-
-
-def _flat(module: str) -> str:
-    return module.replace(".", "_")
-
-
-def _path_of(module: str) -> Path:
-    base = ROOT.joinpath(*module.split("."))
-    package = base / "__init__.py"
-    return package if package.is_file() else base.with_suffix(".py")
 
 
 def _auto_map_config(what: Exportable) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def _open_checkpoint(
 ) -> Opened:
     """A step of a run that lies in the project: its sizes and tokenizer stand in params.yaml."""
     from lib.core import params
+    from lib.core.typed import typed
     from lib.data.vocab.tokenizer import load_tokenizer
     from lib.models.base import build, load_family
     from lib.train.checkpoint import verify
@@ -173,7 +174,7 @@ def _open_checkpoint(
     tokenizer = load_tokenizer(root / "data/tokenizers" / encoding.tokenizer)
     require_tokenizer(tokenizer.fingerprint, identity["tokenizer"], folder)
     family = load_family(identity["family"])
-    config = params.typed(family.Config, artifact.plain(known.model), root / params.PARAMS)
+    config = typed(family.Config, artifact.plain(known.model), root / params.PARAMS)
     shapes = shapes_of(family, config, identity["vocab_size"])
     state = found.tensors("model", shapes)
     averaged = found.tensors("ema") if weights == "ema" else {}
@@ -212,7 +213,7 @@ def shapes_of(family: Any, config: Any, vocab_size: int) -> dict[str, tuple[int,
 
 
 def _open_export(folder: Path, device: Any, streamer: Streamer | None) -> Opened:
-    from lib.core.params import typed
+    from lib.core.typed import typed
     from lib.data.vocab.tokenizer import load_tokenizer
     from lib.export.hf import TOKENIZER, WEIGHTS, read_names, restore
     from lib.models.base import build, load_family

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lib.core.errors import UserError
-from lib.core.params import typed
+from lib.core.typed import typed
 from lib.models import load_family
 from lib.nn.contexts.frozen import Frozen
 

@@ -24,7 +24,6 @@ from lib.core.refusal import refuse
 from lib.core.rng import torch_generator
 from lib.models._hidden import frozen_of, take_blocks
 from lib.models.base import Batch, Defaults, Family, Group, Optim, ReadWeights
-from lib.nn.contexts import probes
 from lib.nn.contexts.arms import (
     controls,
     given_instead,
@@ -33,12 +32,10 @@ from lib.nn.contexts.arms import (
     verdict,
 )
 from lib.nn.contexts.context import EPS, Layer, Weights, initial, shifts, trajectory
-from lib.nn.contexts.exact import Exact
 from lib.nn.contexts.handover import take_phase1
-from lib.nn.contexts.jacobi import Jacobi
 from lib.nn.contexts.predicting import Head, TiedHead, TokenBlock
+from lib.nn.contexts.probes import contraction, look
 from lib.nn.contexts.solver import Solved, Solver
-from lib.nn.contexts.stream_contexts import StreamContexts
 from lib.nn.linear import Table
 
 __all__ = ["Config", "Model", "controls", "starts_from_weights", "verdict"]
@@ -221,13 +218,21 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             ahead = config.horizons if config.memory_kind == "predict" else config.lags
             heads = ahead if get("memory") > 0 else ()
             self.memory_head.extend(nn.Linear(d, e, bias=False) for _ in heads)
-            self.solver = (Jacobi if get("solver") == "jacobi" else Exact)(self)
+            self.solver = self._solver()
             return
-        if config.given == "context" and get("reset") == "never" and not get("train_context"):
-            self.solver = StreamContexts(self)
         width = given_width(config)
         self.token_block.extend(Layer(e, width + e, dtype=dtype) for _ in range(config.layers))
         self.head = (Head if get("head") == "untied" else TiedHead)(e, vocab_size)
+
+    def _solver(self) -> Solver:
+        """What learns without targets; imported here, an export is without it."""
+        if self.config.get("solver") == "jacobi":
+            from lib.nn.contexts.jacobi import Jacobi
+
+            return Jacobi(self)
+        from lib.nn.contexts.exact import Exact
+
+        return Exact(self)
 
     # ------------------------------------------------------------ tokens and contexts
 
@@ -236,7 +241,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         """Rows are read where the artefact holds one for each token, or contexts are frozen."""
         if self.source is None:
             return "tokens"
-        if isinstance(self.solver, StreamContexts):
+        if self.solver.has_contexts:
             return "contexts"
         return "embeddings" if self.source.has_rows else "tokens"
 
@@ -251,6 +256,11 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             )
         if self.config.hidden is not None or source.hidden is not None:
             take_blocks(self, source)
+        frozen = self.predicts and not self.config.get("train_context")
+        if frozen and self.config.given == "context" and self.config.get("reset") == "never":
+            from lib.nn.contexts.stream_contexts import StreamContexts
+
+            self.solver = StreamContexts(self)
         with torch.no_grad():
             self.reset_id.fill_(-1 if source.reset_id is None else source.reset_id)
             self.embedding.weight.copy_(table)
@@ -380,7 +390,7 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
         e = before = None
         if self.source.has_rows:
             e = self.seen(self.source.packed(batch.rows)).to(batch.tokens.device)
-        if isinstance(self.solver, StreamContexts):
+        if self.solver.has_contexts:
             before = self.solver.before(batch.rows).to(batch.tokens.device)
         return e, before
 
@@ -485,12 +495,12 @@ class Model(Solved, Family):  # type: ignore[misc]  # stream_rows is the solver'
             return {}
         Z = self.given(e, keep, {})[0][-1]
         mask = torch.ones_like(e[..., 0]) if keep is None else keep
-        found = probes.look(Z, e, mask, only)
+        found = look(Z, e, mask, only)
         if self.config.given == "context" and (not only or "rho" in only):
             rows = min(RHO_ROWS, tokens.shape[1])
             u = self.inputs_of(e[:, :rows], None if keep is None else keep[:, :rows])[0]
             weights = self.weights()
             P, start = weights.token_side(u), torch.zeros_like(Z[0, :rows, : self.config.d])
             v = torch.randn(start.shape, generator=torch_generator(self.seed, "rho")).to(start)
-            found["rho"] = probes.contraction(start, P, weights, draw=v)
+            found["rho"] = contraction(start, P, weights, draw=v)
         return found

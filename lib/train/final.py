@@ -17,7 +17,7 @@ from lib.core import artifact, files
 from lib.core.artifact import Manifest
 from lib.core.errors import UserError
 from lib.core.heads import config_class, family_names
-from lib.core.params import typed
+from lib.core.typed import typed
 from lib.train.checkpoint import Tensors, read_tensors, verified_manifest, write_tensors
 
 if TYPE_CHECKING:
@@ -59,15 +59,20 @@ def write_final(
         )
 
 
-def family_of(folder: Path) -> str:
-    """The family of a finished model; only its small files are verified, the weights are not read.
+def config_of(folder: Path) -> dict[str, Any]:
+    """config.json of a finished model: `family`, its `config`; the weights are not read.
 
-    InputError where they are not as they were written.
+    InputError where the file is not as it was written.
     """
     manifest = Manifest.read(folder / files.MANIFEST, KIND)
     entries = tuple(e for e in manifest.files if e.path == CONFIG)
     artifact.verify(folder, replace(manifest, files=entries))
-    return files.read_json(folder / CONFIG)["family"]
+    return files.read_json(folder / CONFIG)
+
+
+def family_of(folder: Path) -> str:
+    """The family of a finished model, as `config_of` finds it."""
+    return config_of(folder)["family"]
 
 
 @dataclass(frozen=True, kw_only=True)

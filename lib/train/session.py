@@ -23,9 +23,9 @@ from lib import kernels
 from lib.core import files, ranks
 from lib.core.artifact import Manifest, plain
 from lib.core.errors import EnvError, KumikiError, UserError
-from lib.core.params import typed
 from lib.core.run_settings import Runtime, Train
 from lib.core.stage import Run
+from lib.core.typed import typed
 from lib.data.vocab import chat
 from lib.export import hf
 from lib.models.base import Family, load_family

@@ -286,6 +286,32 @@ def test_export_opens_outside_of_the_project(project, tmp_path):
     assert again.returncode == 0 and b"up to date" in again.stderr
 
 
+def test_an_export_is_made_anew_when_code_that_goes_along_changed(project, monkeypatch):
+    """Even by a comment, which no hash of syntax sees: the files are copied word for word."""
+    from lib.core import stage
+    from lib.export import hf, sources
+    from stages import export
+
+    words = ["--run", "gpt", "--set", "export.form=auto_map"]
+    monkeypatch.chdir(project)
+
+    def exported() -> str:
+        made = stage.main(
+            export.STAGE, export.body, export.identity, modules=export.modules, argv=words
+        )
+        assert made == 0
+        return Path("checkpoints/gpt/export/lib_models_gpt.py").read_text()
+
+    before, plain = exported(), sources.auto_map_sources
+    for module in (sources, hf):
+        monkeypatch.setattr(
+            module,
+            "auto_map_sources",
+            lambda names: {n: t + "# x" for n, t in plain(names).items()},
+        )
+    assert exported() == before + "# x"
+
+
 def test_outside_of_a_project_a_name_is_no_model(tmp_path):
     done = run_module(tmp_path, "lib.cli.main", "generate", "gpt", "--prompt", "a")
     assert done.returncode == 2 and b"inside the project" in done.stderr

@@ -11,9 +11,10 @@ import pytest
 
 from lib.core import heads
 from lib.core.errors import KumikiError
-from lib.core.params import load, typed
+from lib.core.params import load
 from lib.core.refusal import Refused
 from lib.core.run_settings import Hub, Train
+from lib.core.typed import typed
 from tests.conftest import ROOT, cpu_seconds
 
 PARAMS = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from lib.data.vocab import chat
 from lib.data.vocab.tokenizer import Tokenizer, load_tokenizer, train_bpe, write_tokenizer
 from lib.export import hf
 from lib.export.generate import Sampling, generate
-from lib.models import gpt, trm
+from lib.models import gpt, load_family, trm
 from lib.models.base import build
 from tests.conftest import HANG_S
+from tests.test_family_contract import TINY, T, every_family
 
 pytest.importorskip("transformers", reason="exports are opened with transformers")
 
@@ -39,14 +41,19 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     return folder
 
 
+def moved_apart(model: torch.nn.Module) -> None:
+    """Zero heads would make any two models agree."""
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+
+
 def exportable(tokenizer_folder: Path, **switches) -> hf.Exportable:
     tokenizer = load_tokenizer(tokenizer_folder)
     config = gpt.Config(**{**TOY, **switches})
     model = build(gpt, config, tokenizer.vocab_size, seed=3)
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():  # zero heads would make any two models agree
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    moved_apart(model)
     return hf.Exportable(
         family="gpt",
         config=config,
@@ -66,6 +73,27 @@ def opened(folder: Path, **options):
 
 
 TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@every_family
+def test_every_family_opens_elsewhere(tokenizer_folder, tmp_path, name, i):
+    """With transformers and the folder alone: nothing in it asks for this project."""
+    tokenizer, family = load_tokenizer(tokenizer_folder), load_family(name)
+    config = family.Config(**TINY.get(name, [{}])[i])
+    model = build(family, config, tokenizer.vocab_size, seed=3).eval()
+    moved_apart(model)
+    config, model = model.exported(config)
+    what = hf.Exportable(
+        family=name, config=config, model=model, tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder, boundary="bos", framed=False, facts={},
+    )  # fmt: skip
+    assert hf.export(what, tmp_path, "auto_map").startswith("auto_map")
+    for path in tmp_path.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) lib\b", path.read_text(), re.MULTILINE), path
+    elsewhere = opened(tmp_path, trust_remote_code=True)
+    tokens = TOKENS[:, :T]
+    with torch.no_grad():
+        assert torch.equal(elsewhere(tokens).logits, model(tokens)[0])
 
 
 def ours(what: hf.Exportable) -> torch.Tensor:

@@ -13,10 +13,15 @@ class Solver:
     """No losses of its own, no state on disk, nothing to tell."""
 
     stream_rows: int | None = None  # tokens of a step that reads the corpus as one stream
+    has_contexts = False  # the vectors are on disk: `before` reads them
 
     def losses(self, batch: Any) -> Iterator[Tensor]:
         """The losses of one step of the fixed-point phase."""
         raise TypeError(f"{type(self).__name__} learns nothing")
+
+    def before(self, numbers: Any) -> Tensor:
+        """The contexts (T, B, d) before the tokens of packed rows, where `has_contexts`."""
+        raise TypeError(f"{type(self).__name__} holds no contexts")
 
     def planned_bytes(self) -> float:
         """Peak resident bytes; 0: no plan."""

@@ -28,6 +28,8 @@ CHUNK_TOKENS = 1_000_000  # of a journal line
 class StreamContexts(Solver):
     """Supplies the vectors before the tokens of packed rows; learns nothing."""
 
+    has_contexts = True
+
     def __init__(self, model: Learner) -> None:
         self._model = model
         self._disk: Sweeps | None = None
