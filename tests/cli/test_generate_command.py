@@ -304,11 +304,8 @@ def test_an_export_is_made_anew_when_code_that_goes_along_changed(project, monke
 
     before, plain = exported(), sources.auto_map_sources
     for module in (sources, hf):
-        monkeypatch.setattr(
-            module,
-            "auto_map_sources",
-            lambda names: {n: t + "# x" for n, t in plain(names).items()},
-        )
+        commented = lambda names: {name: text + "# x" for name, text in plain(names).items()}  # noqa: E731
+        monkeypatch.setattr(module, "auto_map_sources", commented)
     assert exported() == before + "# x"
 
 
