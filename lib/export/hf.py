@@ -264,7 +264,7 @@ def restore(tensors: Mapping[str, Tensor], note: Mapping[str, Any], wanted: Mapp
     for theirs, ours in note["names"].items():
         tensor, shape = tensors[theirs], tuple(wanted[ours])
         tensor = tensor.T.contiguous() if theirs in note["transposed"] else tensor
-        if tensor.shape[1:] == shape[1:] and len(tensor) < shape[0]:
+        if tensor.ndim and tensor.shape[1:] == shape[1:] and len(tensor) < shape[0]:
             rows = torch.zeros(shape[0] - len(tensor), *shape[1:], dtype=tensor.dtype)
             tensor = torch.cat((tensor, rows))
         state[ours] = tensor

@@ -20,6 +20,7 @@ from lib.data.vocab import chat
 from lib.data.vocab.tokenizer import Tokenizer, load_tokenizer, train_bpe, write_tokenizer
 from lib.export import hf
 from lib.export.generate import Sampling, generate
+from lib.export.saved import open_folder
 from lib.models import gpt, load_family, trm
 from lib.models.base import build
 from tests.conftest import HANG_S
@@ -77,7 +78,7 @@ TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(
 
 @every_family
 def test_every_family_opens_elsewhere(tokenizer_folder, tmp_path, name, i):
-    """With transformers and the folder alone: nothing in it asks for this project."""
+    """With transformers and the folder alone: it asks for nothing else. And with ours."""
     tokenizer, family = load_tokenizer(tokenizer_folder), load_family(name)
     config = family.Config(**TINY.get(name, [{}])[i])
     model = build(family, config, tokenizer.vocab_size, seed=3).eval()
@@ -90,10 +91,12 @@ def test_every_family_opens_elsewhere(tokenizer_folder, tmp_path, name, i):
     assert hf.export(what, tmp_path, "auto_map").startswith("auto_map")
     for path in tmp_path.glob("*.py"):
         assert not re.search(r"^\s*(from|import) lib\b", path.read_text(), re.MULTILINE), path
-    elsewhere = opened(tmp_path, trust_remote_code=True)
+    elsewhere, here = opened(tmp_path, trust_remote_code=True), open_folder(tmp_path).model
     tokens = TOKENS[:, :T]
     with torch.no_grad():
-        assert torch.equal(elsewhere(tokens).logits, model(tokens)[0])
+        wanted = model(tokens)[0]
+        assert torch.equal(elsewhere(tokens).logits, wanted)
+        assert torch.equal(here(tokens)[0], wanted)
 
 
 def ours(what: hf.Exportable) -> torch.Tensor:
