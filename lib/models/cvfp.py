@@ -158,6 +158,8 @@ class Config:
             (jacobi and first and (get("sweeps") or 0) < 2, "sweeps", "use 2 or more"),
             (first and not any(get(n) > 0 for n in weights[:3]), "fixed_point, diversity, memory",
              0, "one weight must be above 0"),
+            (first and self.given != "context", "given",
+             "a control of the predicting phase; the first one learns contexts"),
             (self.memory_kind == "predict" and not self.horizons, "horizons", "[]", "name one"),
             (self.hidden is not None and self.train_embedding, "train_embedding",
              "hidden states have no table to learn"),

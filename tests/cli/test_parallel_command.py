@@ -137,6 +137,8 @@ def test_targets_and_gpus_are_checked(project):
     assert done.returncode == 2 and b"choose one of up, a, b, c" in done.stderr
     done = run_module(project, "lib.cli.main", "parallel", "a", "b", "--gpus", "0")
     assert done.returncode == 2 and b"--jobs 1" in done.stderr
+    done = run_module(project, "lib.cli.main", "parallel", "a", "--jobs", "0")  # waited for ever
+    assert done.returncode == 2 and b"use 1 or more" in done.stderr
 
 
 def test_a_stage_below_another_runs_in_its_worktree(project, monkeypatch):

@@ -478,6 +478,7 @@ def test_the_token_block_is_the_golden_one(shared):
     ("keys", "told"),
     [
         ({"seed_compat": True, "kind": "logdet"}, "contradicts seed_compat"),
+        ({"phase": "fixed_point", "given": "leaky"}, "a control of the predicting phase"),
         ({"solver": "deer"}, "not built"),
         ({"phase": "fixed_point", "reset": "never"}, "one stream"),
         ({"solver": "jacobi", "grad": "bptt"}, "one step long"),
@@ -492,6 +493,14 @@ def test_the_token_block_is_the_golden_one(shared):
 def test_contradictions_are_refused(keys, told):
     with pytest.raises(Refused, match=told):
         cvfp.Config(**keys)
+
+
+def test_a_narrow_state_predicts_outside_of_autocast():
+    """As evaluation and an export do; only training multiplies in bf16."""
+    config = cvfp.Config(width=8, depth=2, seed_compat=True, seed_defects=("bf16_state",))
+    model = build(cvfp, config, 30, seed=1)
+    assert model.token_block[0].weight.dtype == torch.bfloat16
+    assert model(torch.arange(12)[None])[0].isfinite().all()
 
 
 def test_each_defect_changes_what_it_names(tmp_path, monkeypatch):

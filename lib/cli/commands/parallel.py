@@ -73,6 +73,8 @@ class Job:
 
 def run(arguments: argparse.Namespace, root: Path | None) -> None:
     """Prepare, run side by side, collect; the exit code is that of the worst."""
+    if arguments.jobs < 1:
+        raise UserError("no jobs", value=f"--jobs {arguments.jobs}", remedy="use 1 or more")
     wanted, upstream = targets(arguments.stages)
     if upstream:
         note(f"shared upstream first: {', '.join(upstream)}")

@@ -2,7 +2,8 @@
 
 Every loss is a function of sums over rows. Pass 1 adds rows (`add`), `finish` gives the value and
 dL/dc as a function of c, which pass 2 applies to each micro-batch: values and gradients are those
-of one graph over all rows. Sums are fp64. Letters: n rows, d width, m mean, S covariance.
+of one graph over all rows. Sums are fp64, products fp32 at least, whatever autocast says: S in bf16
+has negative eigenvalues. Letters: n rows, d width, m mean, S covariance.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ class Diversity:
 
     def add(self, c: Tensor) -> None:
         """Rows c (n, d) of pass 1."""
-        c = c.detach()
         self.n += len(c)
+        with torch.autocast(c.device.type, enabled=False):
+            sums = self._sums_of(c.detach())
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+
+    def _sums_of(self, c: Tensor) -> list[Tensor]:
         sums = [c.sum(0).double()]  # of one micro-batch; over these in fp64
         if self.kind in ("mcdl", "oacd"):
             sums.append(torch.linalg.vector_norm(c).double().square())
@@ -45,7 +50,7 @@ class Diversity:
             sums += [f(angles).sum(0, dtype=torch.float64) for f in (torch.cos, torch.sin)]
         else:
             sums.append((c.t() @ c).double())
-        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+        return sums
 
     def finish(self, weight: float = 1.0) -> tuple[Tensor, Gradient]:
         """(value, `weight` times dL/dc for rows c), over the rows of all ranks."""
@@ -103,9 +108,10 @@ class Diversity:
 
         def gradient(c: Tensor) -> Tensor:
             project = a.to(c.dtype)
-            angles = (c @ project.t())[..., None] * w.to(c.dtype)
-            inner = imaginary.to(c.dtype) * angles.cos() - real.to(c.dtype) * angles.sin()
-            return (inner * scale.to(c.dtype)).sum(-1) @ project
+            with torch.autocast(c.device.type, enabled=False):
+                angles = (c @ project.t())[..., None] * w.to(c.dtype)
+                inner = imaginary.to(c.dtype) * angles.cos() - real.to(c.dtype) * angles.sin()
+                return (inner * scale.to(c.dtype)).sum(-1) @ project
 
         return value, gradient
 
@@ -113,7 +119,12 @@ class Diversity:
 def _affine(G: Tensor, m: Tensor) -> Gradient:
     """c -> (c - m) G for a symmetric G."""
     shift = m @ G
-    return lambda c: c @ G.to(c.dtype) - shift.to(c.dtype)
+
+    def gradient(c: Tensor) -> Tensor:
+        with torch.autocast(c.device.type, enabled=False):
+            return c @ G.to(c.dtype) - shift.to(c.dtype)
+
+    return gradient
 
 
 def _points(like: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class TokenBlock(nn.ModuleList):
         for number, layer in enumerate(self):
             assert isinstance(layer, Layer)
             z = Z[min(number, len(Z) - 1)]
-            grown = F.linear(torch.cat((z, h), -1), layer.weight, layer.bias)
+            x = torch.cat((z, h), -1)  # weights may be kept narrower (bf16_state)
+            grown = F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
             h = layer.norm((h + F.relu(grown)).to(layer.norm.weight.dtype)).to(e.dtype)
         return h
 

@@ -77,6 +77,25 @@ def test_value_and_gradient_in_micro_batches_are_those_of_one_graph(kind):
         assert (pieces - gradient).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_nothing(kind):
+    """Products of fp32 rows stay fp32: S of nearly flat rows in bf16 is no covariance any more."""
+    draw = torch.Generator().manual_seed(6)
+    c = torch.nn.functional.layer_norm(
+        torch.randn(500, 32, generator=draw) * 0.01 + sines(32)[0], (32,)
+    )
+    c = c.float()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            one = Diversity(kind, sines(32).float())  # type: ignore[arg-type]
+            one.add(c)
+            value, slope = one.finish()
+            found.append((value, slope(c)))
+    (plain, slope), (wide, steep) = found
+    assert torch.equal(plain, wide) and torch.equal(slope, steep)
+
+
 @pytest.mark.parametrize("kind", ["mcdl", "logdet", "sigreg"])
 def test_the_value_does_not_depend_on_the_number_of_rows(kind):
     c = torch.randn(200, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
