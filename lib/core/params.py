@@ -48,8 +48,9 @@ def load(root: Path = Path(), overrides: Sequence[str] = ()) -> Settings:
     errors: dict[str, KumikiError] = {}
     chosen = None
     for name in [active, *(p for p in profiles if p != active)]:
-        last = [local, _parse_overrides(overrides)] if name == active else []
-        settings, problems = resolve(raw, name, *last)
+        is_active = name == active
+        last = [local, _parse_overrides(overrides)] if is_active else []
+        settings, problems = resolve(raw if is_active else _without_runs(raw, name), name, *last)
         for problem in problems:
             error = error_of(problem, path)
             errors.setdefault(str(error), error)
@@ -69,6 +70,16 @@ def _profiles(raw: Mapping, path: Path) -> Mapping[str, Any]:
             value, remedy = f"{name}: {overlay}", "write a name and a mapping, as small: {}"
             raise UserError("wrong profile", file=path, value=value, remedy=remedy)
     return found
+
+
+def _without_runs(raw: dict, profile: str) -> dict:
+    """`raw` without the lines under `runs` that the profile does not speak of.
+
+    They are checked as the active profile completes them: in another one they inherit what its long
+    runs need, a warm-up of thousands of steps, and whoever makes it the active one will be told.
+    """
+    named = _mapping(_mapping(_mapping(raw, "profiles"), profile), "runs")
+    return {**raw, "runs": {n: line for n, line in _mapping(raw, "runs").items() if n in named}}
 
 
 def resolve(raw: dict, profile: str, *last: dict) -> tuple[Settings | None, list[Problem]]:
@@ -121,7 +132,18 @@ def inherit(merged: Mapping) -> dict[str, Any]:
             own = train.get(_begins_from(name, merged))
             layers = [defaults, own, families.get(name), added.get(name), train.get(name)]
             bad = next((x for x in layers if x is not None and not isinstance(x, Mapping)), None)
-            result[name] = merge(*(x for x in layers if x)) if bad is None else bad
+            result[name] = _laid([x for x in layers if x]) if bad is None else bad
+    return result
+
+
+def _laid(layers: Sequence[Mapping]) -> dict:
+    """Layers merged; whoever says `steps` means no `epochs` of a layer before, and the reverse."""
+    result: dict = {}
+    for layer in layers:
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if layer.get(one) is not None and layer.get(other) is None:
+                result.pop(other, None)
+        result = merge(result, layer)
     return result
 
 

@@ -314,10 +314,13 @@ class Embeddings:
 
         def rebuild(bad: list[FileEntry]) -> None:
             names = {entry.path for entry in bad}
-            if not names <= {ROWS, IDS, OFFSETS}:
-                return  # the table itself: its source is the stage's matter
-            if manifest.counts.get("hidden") and BLOCKS in names:
-                return
+            if not names <= {ROWS, IDS, OFFSETS}:  # the table itself: its source is the stage's
+                raise InputError(
+                    "token vectors are gone or damaged",
+                    file=folder,
+                    value=", ".join(sorted(names)),
+                    remedy="run `dvc repro -f precompute_embeddings`",
+                )
             held = RowFile.open(folder / TABLE)
             params = manifest.recipe["params"]
             section = settings.Embeddings(mode=params["mode"], dtype=params["dtype"],

@@ -31,7 +31,10 @@ def take_blocks(model: Any, source: Any) -> None:
         if mine == held:
             model.frozen.load_state_dict(source.blocks())
             return
+    names = ("family", "layer", "context")
+    theirs = theirs and {name: theirs[name] for name in names}
+    own = own and {name: getattr(own, name) for name in names}
     raise UserError(
         "token vectors are of other hidden states", value=f"embeddings {theirs}, model {own}",
-        remedy="set model.cvfp.hidden to what precompute_embeddings was made with",
+        remedy="set model.cvfp.hidden to that, and its `model` to the section of the family",
     )  # fmt: skip

@@ -161,6 +161,8 @@ class Config:
             (first and self.given != "context", "given",
              "a control of the predicting phase; the first one learns contexts"),
             (self.memory_kind == "predict" and not self.horizons, "horizons", "[]", "name one"),
+            *((x < 1, "horizons", x, "use 1 or more") for x in self.horizons),
+            *((x < 1, "lags", x, "use 1 or more") for x in self.lags),
             (self.hidden is not None and self.train_embedding, "train_embedding",
              "hidden states have no table to learn"),
             (not 0 < self.halo_tol < 1, "halo_tol", "use 0 < x < 1"),

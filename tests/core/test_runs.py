@@ -57,6 +57,23 @@ def change(root: Path, *pairs: tuple[str, str]) -> None:
     (root / "params.yaml").write_text(text)
 
 
+def test_a_runs_own_steps_displace_the_epochs_it_would_inherit(root):
+    change(root, ("gpt: {steps: 40, lr: 3e-4}", "gpt: {epochs: 2, batch_tokens: 64, lr: 3e-4}"))
+    settings = load(root)
+    assert (settings.train["gpt"].epochs, settings.train["gpt"].steps) == (2, None)
+    assert (settings.train["mine"].epochs, settings.train["mine"].steps) == (None, 9)
+
+
+def test_a_run_is_checked_as_the_active_profile_completes_it(root):
+    """Another profile's longer warm-up is told when that profile is the active one."""
+    change(root, ("runs: &added\n", "runs: &added\n  short: {family: gpt, steps: 9}\n"))
+    change(root, ("gpt: {weight_decay: 0.0}", "gpt: {weight_decay: 0.0, warmup: 30}"))
+    assert load(root).train["short"].warmup != 30
+    change(root, ("profile: small", "profile: large"))
+    with pytest.raises(KumikiError, match="warmup is 30"):
+        load(root)
+
+
 def test_a_run_inherits_the_defaults_and_its_own_values_win(root):
     train = load(root).train
     assert sorted(train) == ["gpt", "mine", "second"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -479,6 +480,7 @@ def test_the_token_block_is_the_golden_one(shared):
     [
         ({"seed_compat": True, "kind": "logdet"}, "contradicts seed_compat"),
         ({"phase": "fixed_point", "given": "leaky"}, "a control of the predicting phase"),
+        ({"horizons": (0, 1)}, "horizons: 0; use 1 or more"),
         ({"solver": "deer"}, "not built"),
         ({"phase": "fixed_point", "reset": "never"}, "one stream"),
         ({"solver": "jacobi", "grad": "bptt"}, "one step long"),
@@ -493,6 +495,23 @@ def test_the_token_block_is_the_golden_one(shared):
 def test_contradictions_are_refused(keys, told):
     with pytest.raises(Refused, match=told):
         cvfp.Config(**keys)
+
+
+def test_lost_contexts_name_the_two_folders_whose_removal_helps(tmp_path, monkeypatch):
+    """Wiped scratch, or a damaged journal, beside a run that is in mid-sweep."""
+    monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path / "scratch"))
+    keys: dict = {"seed_compat": True, "depth": 2, "sweeps": 3, "chunk_tokens": 30}
+    fresh = lambda: make(zipf(60, 20, 8), tmp_path, dtype=torch.float64, **keys)  # noqa: E731
+    run_steps(fresh(), range(3))  # sweep 0, the first chunk of sweep 1
+    place = next((tmp_path / "scratch/contexts").iterdir())
+    for damage in (lambda: shutil.rmtree(place),
+                   lambda: (place / "journal.jsonl").write_text("{}\nx\n")):  # fmt: skip
+        damage()
+        with pytest.raises(InputError) as caught:
+            run_steps(fresh(), range(3, 4))
+        assert str(tmp_path / "work") in caught.value.remedy and str(place) in caught.value.remedy
+        shutil.rmtree(place)
+        run_steps(fresh(), range(3))
 
 
 def test_a_narrow_state_predicts_outside_of_autocast():

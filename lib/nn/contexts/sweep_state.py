@@ -46,7 +46,7 @@ class SweepState:
             self.disk = Sweeps(
                 self._place, about["key"], tokens=self.tokens, width=config.d,
                 chunk_tokens=self.chunk_tokens, layout=config.get("buffers"),
-                spare=config.spare_chunks, dtype=config.store_dtype,
+                spare=config.spare_chunks, dtype=config.store_dtype, work=self.folder,
             )  # fmt: skip
         return self.disk
 

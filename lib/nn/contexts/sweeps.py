@@ -41,8 +41,13 @@ class Sweeps:
         layout: Layout = "double",
         spare: int = 1,
         dtype: StoreDtype = "float16",
+        work: Path | None = None,
     ) -> None:
+        """work: the run's own folder, which goes with these files when they are lost."""
         self.folder, self.key, self.width = folder, key, width
+        self.remedy = "remove the folder and run the same command"
+        if work is not None:
+            self.remedy = f"rm -r {work} {folder}, and the same command begins anew at sweep 0"
         self.dtype: StoreDtype = dtype
         self.tokens, self.chunk_tokens = tokens, chunk_tokens
         self.chunks = -(-tokens // chunk_tokens)  # M
@@ -51,7 +56,7 @@ class Sweeps:
         self._files = [self._open(name, rows) for name, rows in self._sizes()]
         self.held: dict[int, tuple[int, int, int]] = {}  # slot -> (sweep, chunk, crc32)
         self.lines: dict[tuple[int, int], dict[str, Any]] = {}  # (sweep, chunk) -> journal line
-        for line in read_journal(folder / JOURNAL):
+        for line in read_journal(folder / JOURNAL, self.remedy):
             self._take(line)
 
     def _sizes(self) -> list[tuple[str, int]]:
@@ -101,7 +106,7 @@ class Sweeps:
                 "context vectors are of another generation",
                 file=self._place(sweep, chunk)[0].path,
                 value=f"needs sweep {sweep} of chunk {chunk}, holds {holds}",
-                remedy="the weights alone can go on (init_from); remove the folder to begin anew",
+                remedy=self.remedy,
             )
         return found[2]
 
@@ -142,7 +147,7 @@ class Sweeps:
                 "context vectors are damaged",
                 file=file.path,
                 value=f"chunk {chunk} of sweep {sweep}: crc32 {found:08x}, not {wanted:08x}",
-                remedy="the weights alone can go on (init_from); remove the folder to begin anew",
+                remedy=self.remedy,
             )
 
     def writer(self, sweep: int, chunk: int) -> Writer:
@@ -230,7 +235,9 @@ class Writer:
         return self.crc32
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_journal(
+    path: Path, remedy: str = "remove the folder and run the same command"
+) -> list[dict[str, Any]]:
     """All lines; InputError for one that is damaged (a torn last line was cut when opened)."""
     found = []
     data = path.read_bytes() if path.is_file() else b""
@@ -243,7 +250,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
                 "journal is damaged",
                 file=path,
                 value=f"line {number}",
-                remedy="remove the folder and run the same command",
+                remedy=remedy,
             ) from error
         found.append(line | numbers)
     return found
