@@ -126,7 +126,9 @@ def relative(path: str | Path) -> str:
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)", re.IGNORECASE)
 _SECRET_SHAPE = re.compile(
     r"(?P<hub>\bhf_[A-Za-z0-9]{8,})"
-    r"|(?P<bearer>(?<=Bearer )\S+)"
+    # Behind the header's name any token; elsewhere one that no prose, nor this very file, has.
+    r"|(?P<header>Authorization\W{1,6}Bearer [\w.~+/=\-]+)"
+    r"|(?P<bearer>(?<=Bearer )(?=[A-Z_.~+/=\-]*[0-9])[\w.~+/=\-]{16,})"
     r"|(?P<user>(?<=://)[^/\s@]+(?=@))"  # user:password in a URL
     r"|(?P<query>(?<=[?&])[A-Za-z0-9_\-]*(?:token|signature|sig|key|credential|policy|password|secret)"
     r"[A-Za-z0-9_\-]*=[^&\s;]+)",

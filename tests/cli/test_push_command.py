@@ -12,7 +12,11 @@ from typing import ClassVar
 
 import pytest
 
+from lib.cli.commands.push import refuse_text
+from lib.core.errors import UserError
 from lib.core.run_settings import Hub as HubSettings
+from lib.export.sources import auto_map_sources
+from lib.models import families
 from lib.train.sinks import HubPush
 from tests.conftest import ROOT
 from tests.project import add_model, make_project, run_module
@@ -147,3 +151,26 @@ def test_the_push_beside_a_run_sends_every_file(project, hub, monkeypatch):
         assert Hub.files.keys() == wanted and Hub.tokens == {f"Bearer {TOKEN}"}
         assert len(warned) == refused and TOKEN not in str(warned)
         assert told == ["1 pushes to me/x" + ", 1 failed" * refused]
+
+
+def test_code_that_goes_along_holds_nothing_private():
+    """lib/core/errors.py is among it: its patterns of secrets are none."""
+    sources = auto_map_sources(families())
+    assert "lib_core_errors.py" in sources
+    for name, text in sources.items():
+        refuse_text(name, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TOKEN,
+        "Bearer abcdefghijklmnop0",
+        "authorization: bearer abc",
+        '{"Authorization": "Bearer a"}',
+        "see /home/me/x",
+    ],
+)
+def test_a_secret_or_a_path_in_a_text_is_refused(text):
+    with pytest.raises(UserError, match="in the export"):
+        refuse_text("x.py", f"x = {text}")
