@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,8 +14,10 @@ from typing import ClassVar
 import pytest
 
 from lib.cli.commands.push import refuse_text
+from lib.core import files
 from lib.core.errors import UserError
 from lib.core.run_settings import Hub as HubSettings
+from lib.export.saved import open_folder
 from lib.export.sources import auto_map_sources
 from lib.models import families
 from lib.train.sinks import HubPush
@@ -104,12 +107,35 @@ def test_every_file_arrives_with_a_card_of_the_project(project, hub):
     folder = project / "checkpoints/gpt/export"
     wanted = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert Hub.files.keys() == wanted and not [n for n in Hub.files if "optim" in n]
-    for name in wanted - {"README.md"}:
+    for name in wanted - {"README.md", "manifest.json"}:
         assert Hub.files[name] == (folder / name).read_bytes(), name
     card = Hub.files["README.md"].decode()
     assert "| bpb | 1.5 |" in card and "fingerprint" in card and "| core |" not in card
     assert json.loads(done.stdout)["pushed"] and Hub.tokens == {f"Bearer {TOKEN}"}
     assert TOKEN not in (done.stdout + done.stderr).decode()
+
+
+@pytest.mark.parametrize("name", ["gpt", "checkpoints/gpt/export"])
+def test_what_arrived_opens_again(project, hub, tmp_path, name):
+    """The card that is sent is not the folder's; the manifest that is sent fits it."""
+    done = run_module(project, "lib.cli.main", "push", name, "--repo", "me/x", "--yes",
+                      environment=environment_of(hub))  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    for path, data in Hub.files.items():
+        files.write_bytes(tmp_path / path, data)
+    assert open_folder(tmp_path).weights == "export"
+
+
+def test_a_damaged_export_is_not_pushed(project, hub, tmp_path):
+    shutil.copytree(project / "checkpoints/gpt/export", tmp_path / "x")
+    weights = tmp_path / "x/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(data)
+    done = run_module(project, "lib.cli.main", "push", str(tmp_path / "x"), "--repo", "me/x",
+                      "--yes", environment=environment_of(hub))  # fmt: skip
+    assert done.returncode == 3 and b"sha256 differs" in done.stderr and not Hub.asked
 
 
 def test_a_refusal_is_the_users_and_a_failure_is_resumed(project, hub):

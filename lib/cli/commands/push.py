@@ -7,20 +7,24 @@ Rule:  weights, config, tokenizer and card only; nothing that names this machine
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lib.cli import tables
 from lib.cli.console import note
-from lib.core import files, params
+from lib.core import artifact, files, params
+from lib.core.artifact import Manifest
 from lib.core.errors import EnvError, KumikiError, UserError, redact
 from lib.export import amounts
 
 TEXT = (".json", ".md", ".py", ".txt", ".jinja", ".model.txt")
 # a path on a machine, as it would stand in a config: not a URL, not a relative name
 ABSOLUTE = re.compile(r"(?<![\w./:-])(/(?:home|root|Users|mnt|media|tmp|var|opt)/[\w./-]+)")
+CARD = "README.md"
 LARGE_STATE = ("optimizer", "step_", "moments")
 
 
@@ -30,15 +34,18 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     repo = arguments.repo or repo_of(root)
     if repo is None or repo.count("/") != 1:
         raise UserError("no repository", value=repo, remedy="--repo USER/NAME, or runtime.hub.repo")
+    manifest = Manifest.read(folder / files.MANIFEST, "export")
+    artifact.verify(folder, manifest)
     card = card_of(folder, root).encode()
+    changed = {CARD: card, files.MANIFEST: with_card(manifest, card).to_bytes()}
     found = [
         (p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()
     ]
     for name, path in found:
         refuse_private(name, path)
-    refuse_text("README.md", card.decode())
+    refuse_text(CARD, card.decode())
     listed = [
-        {"path": name, "bytes": len(card) if name == "README.md" else path.stat().st_size}
+        {"path": name, "bytes": len(changed[name]) if name in changed else path.stat().st_size}
         for name, path in found
     ]
     total = sum(one["bytes"] for one in listed)
@@ -50,7 +57,7 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
         tables.put(["", f"{len(listed)} files, {amounts.size(total)} to {repo}, {state}"])
     url = None
     if not arguments.dry_run and tables.ask(f"upload to {repo}?", arguments.yes):
-        url = upload(repo, found, card, arguments.revision, private=not arguments.public)
+        url = upload(repo, found, changed, arguments.revision, private=not arguments.public)
         note(f"pushed: {url}")
     if arguments.json:
         tables.put_json({**shown, "files": listed, "bytes": total, "pushed": url})
@@ -96,11 +103,18 @@ def refuse_text(name: str, text: str) -> None:
 
 def card_of(folder: Path, root: Path | None) -> str:
     """The export's own card with numbers, data and hashes of the project, where it lies in one."""
-    base = (folder / "README.md").read_text(encoding="utf-8")
+    base = (folder / CARD).read_text(encoding="utf-8")
     run = folder.parent.name
     if root is None or folder.parent.parent != root / "checkpoints":
         return base
     return base.rstrip() + "\n" + "".join(f"{line}\n" for line in _sections(root, run))
+
+
+def with_card(manifest: Manifest, card: bytes) -> Manifest:
+    """The manifest of what is sent: its card is longer than the folder's."""
+    made = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    entries = (replace(e, **made) if e.path == CARD else e for e in manifest.files)
+    return replace(manifest, files=tuple(entries))
 
 
 def _sections(root: Path, run: str) -> Iterator[str]:
@@ -148,8 +162,9 @@ def git_commit(root: Path) -> str | None:
 
 
 def upload(
-    repo: str, found: list[tuple[str, Path]], card: bytes, revision: str | None, *, private: bool
-) -> str:
+    repo: str, found: list[tuple[str, Path]], changed: dict[str, bytes], revision: str | None,
+    *, private: bool,
+) -> str:  # fmt: skip
     """One commit; files that the hub has already are not sent again, so a rerun resumes."""
     from httpx2 import TransportError  # what the hub's client speaks HTTP with
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -157,9 +172,7 @@ def upload(
 
     if not get_token():
         raise UserError("no token", value="HF_TOKEN", remedy="export HF_TOKEN, or `hf auth login`")
-    operations = [
-        CommitOperationAdd(name, card if name == "README.md" else str(path)) for name, path in found
-    ]
+    operations = [CommitOperationAdd(name, changed.get(name, str(path))) for name, path in found]
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
