@@ -2,13 +2,14 @@
 
 Law:   a reply equals what the full forward pass over the whole conversation would give; the state
        of the last reply is used where the new prompt begins with the ids that it has read.
-Rule:  when the context is full the oldest turns go, said once.
+Rule:  when the context is full the oldest turns go, said once; a reply has its room before they do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from lib.cli.console import note
@@ -36,7 +37,7 @@ class Conversation:
     stop: Sequence[str]
     chat: bool  # whether turns are framed by the template's ids
     turns: list[Turn] = field(default_factory=list)
-    dropped: bool = False
+    told: set[str] = field(default_factory=set)  # notes that were said
     carried: Carried = ((), None)  # the model's state after the last turn
     device: Any = "cpu"
 
@@ -52,24 +53,32 @@ class Conversation:
         self.turns.append(Turn(role, content, ids))
 
     def prompt(self) -> list[int]:
-        """All turns as ids, the oldest left out where the context is full."""
+        """All turns as ids, the oldest left out where they and the reply pass the context."""
         opening = [self.opened.tokenizer.specials[chat.IDS[2]]] if self.chat else []
-        room = self.opened.model.max_context
-        start = self.opened.start_ids
-        fixed = len(start) + len(opening) + 1
-        kept: list[int] = []
-        for turn in reversed(self.turns):
-            if room is not None and fixed + len(kept) + len(turn.ids) > room:
-                break
-            kept = turn.ids + kept
-        else:
-            return start + kept + opening
-        if not kept and room is not None:  # one message longer than the context: its end stays
-            kept = self.turns[-1].ids[fixed - room :]
-        if not self.dropped:
-            note("note: the context is full, the oldest turns are left out")
-            self.dropped = True
-        return start + kept + opening
+        start, context = self.opened.start_ids, self.opened.model.max_context
+        turns = [turn.ids for turn in self.turns]
+        if context is not None and turns:
+            reply = max(1, min(self.max_new_tokens, context // 2))
+            turns = self._newest(turns, max(2, context - reply - len(start) - len(opening)))
+        return [*start, *chain.from_iterable(turns), *opening]
+
+    def _newest(self, turns: list[list[int]], room: int) -> list[list[int]]:
+        """The last turns that fit, at least one: its end where it is too long by itself."""
+        last, frame = turns[-1], turns[-1][: 1 if self.chat else 0]
+        if len(last) > room:
+            self._tell("the message is longer than the context, its start is left out")
+            turns = [*turns[:-1], frame + last[len(frame) - room :]]
+        first = len(turns) - 1
+        while first and sum(map(len, turns[first - 1 :])) <= room:
+            first -= 1
+        if first:
+            self._tell("the context is full, the oldest turns are left out")
+        return turns[first:]
+
+    def _tell(self, text: str) -> None:
+        if text not in self.told:
+            self.told.add(text)
+            note(f"note: {text}")
 
     def reply(self) -> Iterator[str]:
         """The reply as it grows; it is appended at its end, also when Ctrl-C ends it."""

@@ -524,6 +524,22 @@ def test_the_oldest_turns_go_when_the_context_is_full(project, capsys):
     assert not capsys.readouterr().err, "said once"
 
 
+def test_a_reply_has_its_room_in_a_full_context(project, capsys):
+    """A message longer than the context is cut at its start, and told so once."""
+    from lib.export import saved
+    from lib.export.generate import Sampling
+
+    opened = saved.open_model("gpt", project)
+    for new, room in ((12, 12), (200, 32)):
+        talk = chat.Conversation(opened, Sampling(temperature=0), new, [], False)
+        for _ in range(2):
+            talk.add("user", "many words " * 100)
+            ids = talk.prompt()
+            assert len(ids) == 64 - room and ids[1:] == talk.turns[-1].ids[1 + room - 64 :]
+            "".join(talk.reply())
+        assert capsys.readouterr().err.count("its start is left out") == 1
+
+
 def test_chat_refuses_what_it_cannot_do(kumiki):
     assert kumiki("chat", "gpt", "--once", "a", "--temperature", "-1")[0] == 2
     assert kumiki("chat", "nobody", "--once", "a")[0] == 2

@@ -120,7 +120,7 @@ def order(talk: Conversation, words: list[str]) -> None:
     name, value = words[0], words[1] if len(words) > 1 else ""
     try:
         if name == "/reset":
-            talk.turns, talk.dropped = [], False
+            talk.turns, talk.told = [], set()
         elif name == "/seed":
             talk.sampling = replace(talk.sampling, seed=int(value))
         elif name == "/temp":
