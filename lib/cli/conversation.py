@@ -14,7 +14,7 @@ from typing import Any
 
 from lib.cli.console import note
 from lib.data.vocab import chat
-from lib.export.generate import Carried, Generation, Sampling, TextStream
+from lib.export.generate import Carried, Generation, Sampling, TextStream, encode_prompt
 from lib.export.saved import Opened
 
 
@@ -40,17 +40,23 @@ class Conversation:
     told: set[str] = field(default_factory=set)  # notes that were said
     carried: Carried = ((), None)  # the model's state after the last turn
     device: Any = "cpu"
+    pending: bytes = b""  # of a character that the last message has begun
 
-    def add(self, role: str, content: str, ids: list[int] | None = None) -> None:
-        """Append a message; ids: those that the model itself made, kept as they are."""
-        text = "\n" + content if role == "user" and self.turns and not self.chat else content
+    def add(self, role: str, content: str | bytes, ids: list[int] | None = None) -> None:
+        """Append a message; ids: those that the model itself made, kept as they are.
+
+        Bytes may end inside a character, which a reply without a frame between completes.
+        """
+        data = content if isinstance(content, bytes) else content.encode()
         if ids is None:
-            ids = [int(i) for i in self.opened.tokenizer.encode(text)] if text else []
+            lead = b"\n" if role == "user" and self.turns and not self.chat else b""
+            ids, pending = encode_prompt(self.opened.tokenizer, lead + data)
+            self.pending = b"" if self.chat else pending
         if self.chat:
             specials = self.opened.tokenizer.specials
             name = "assistant" if role == "assistant" else "user"
             ids = [specials[f"<|{name}_start|>"], *ids, specials[f"<|{name}_end|>"]]
-        self.turns.append(Turn(role, content, ids))
+        self.turns.append(Turn(role, data.decode(errors="replace"), ids))
 
     def prompt(self) -> list[int]:
         """All turns as ids, the oldest left out where they and the reply pass the context."""
@@ -87,7 +93,7 @@ class Conversation:
         ids = self.prompt()
         room = self.opened.model.max_context
         new = self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(ids))
-        stream = TextStream(self.opened.tokenizer.decode_bytes, self.stop)
+        stream = TextStream(self.opened.tokenizer.decode_bytes, self.stop, self.pending)
         generation = Generation(
             self.opened.model, ids or self.opened.start_ids, self.sampling,
             max_new_tokens=max(1, new), stop_ids=stop_ids(self.opened.tokenizer),

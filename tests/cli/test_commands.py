@@ -540,6 +540,26 @@ def test_a_reply_has_its_room_in_a_full_context(project, capsys):
         assert capsys.readouterr().err.count("its start is left out") == 1
 
 
+def test_a_message_may_end_inside_a_character(kumiki, project):
+    """As a prompt may; other bytes that are no text are told, and the conversation goes on."""
+    cut = "日本の".encode() + b"\xe3\x81"
+    words = ("--max-new-tokens", "4")
+    once = run_module(project, "lib.cli.main", "chat", "gpt", "--once", cut, *words,
+                      environment={"LC_ALL": "C"})  # fmt: skip
+    prompted = run_module(project, "lib.cli.main", "generate", "gpt", *words, input=cut)
+    assert once.returncode == 0 and once.stdout == prompted.stdout, once.stderr.decode()
+    lines = cut + b"\n\xff\xfe\n/seed 1\nagain\n"
+    for locale in ("C", "C.UTF-8"):
+        talked = run_module(project, "lib.cli.main", "chat", "gpt", *words, input=lines,
+                            environment={"LC_ALL": locale})  # fmt: skip
+        told = talked.stderr.decode()
+        assert talked.returncode == 0 and told.count("error: prompt is not UTF-8") == 1, told
+        assert talked.stdout.startswith(once.stdout + b"\n")
+    for line in (b'{"role": "user", "content": "\\ud800"}', b'{"role": "user", "content": "\xff"}'):
+        done = run_module(project, "lib.cli.main", "chat", "gpt", "--json", input=line)
+        assert done.returncode == 2 and b"error: not a message" in done.stderr
+
+
 def test_chat_refuses_what_it_cannot_do(kumiki):
     assert kumiki("chat", "gpt", "--once", "a", "--temperature", "-1")[0] == 2
     assert kumiki("chat", "nobody", "--once", "a")[0] == 2

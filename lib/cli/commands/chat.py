@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,14 +39,14 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     if not talk.chat:
         note("note: base model, it continues text")
     if arguments.system:
-        talk.add("system", arguments.system)
+        talk.add("system", os.fsencode(arguments.system))  # the very bytes of the command line
     if arguments.once is not None:
-        talk.add("user", arguments.once)
+        talk.add("user", os.fsencode(arguments.once))
         answer(talk, arguments.json)
         if sys.stdout.isatty():
             write("\n")
     elif arguments.json:
-        for line in sys.stdin:
+        for line in sys.stdin.buffer:
             talk.add("user", message_of(line))
             answer(talk, True)
     else:
@@ -69,16 +70,16 @@ def has_template(opened: Opened, wanted: str) -> bool:
     return wanted == "chat" or (wanted == "auto" and able and opened.framed)
 
 
-def message_of(line: str) -> str:
+def message_of(line: bytes) -> bytes:
     """The content of one JSON line `{"role": "user", "content": TEXT}`."""
     try:
         value = json.loads(line)
-        if value["role"] == "user" and isinstance(value["content"], str):
-            return value["content"]
-    except (ValueError, KeyError, TypeError):
+        if value["role"] == "user":
+            return value["content"].encode()
+    except (ValueError, KeyError, TypeError, AttributeError):  # half a surrogate pair, too
         pass
     remedy = 'write {"role": "user", "content": "..."}'
-    raise UserError("not a message", value=line.strip(), remedy=remedy)
+    raise UserError("not a message", value=line.decode(errors="replace").strip(), remedy=remedy)
 
 
 def answer(talk: Conversation, as_json: bool = False) -> None:
@@ -101,16 +102,20 @@ def converse(talk: Conversation) -> None:
             sys.stderr.write("> ")
             sys.stderr.flush()
         try:
-            line = sys.stdin.readline()
+            line = sys.stdin.buffer.readline()
         except KeyboardInterrupt:
             note("")
             return
-        if not line or line.strip() == "/quit":
+        if not line or line.strip() == b"/quit":
             return
-        if line.startswith("/"):
-            order(talk, line.split())
+        if line.startswith(b"/"):
+            order(talk, os.fsdecode(line).split())
             continue
-        talk.add("user", line.rstrip("\n"))
+        try:
+            talk.add("user", line.rstrip(b"\r\n"))
+        except UserError as error:  # bytes that are no text: the next line may be
+            note(f"error: {error}")
+            continue
         answer(talk)
         write("\n")
 
