@@ -101,18 +101,18 @@ def _places(name: str | None, root: Path) -> Iterator[Path]:
     """Folders to try, best first."""
     if name is None:
         finals = [path.parent for path in (root / RUNS).glob("*/final/manifest.json")]
-        yield from sorted(finals, key=_age, reverse=True)
+        yield from sorted(finals, key=age, reverse=True)
         return
     run = Path(name) if Path(name).is_dir() else root / RUNS / name
     if (run / "final" / files.MANIFEST).is_file():
         yield run / "final"
     works = [path.parent for path in (run / "work").glob("**/step_*/manifest.json")]
-    steps = sorted(works, key=lambda p: (int(p.name.removeprefix("step_")), *_age(p)), reverse=True)
+    steps = sorted(works, key=lambda p: (int(p.name.removeprefix("step_")), *age(p)), reverse=True)
     yield from sorted((run / "work").glob("**/best"))
     yield from steps
 
 
-def _age(folder: Path) -> tuple[int, str]:
+def age(folder: Path) -> tuple[int, str]:
     """Larger is newer; of the same moment, the name decides, not the order on disk."""
     return (folder / files.MANIFEST).stat().st_mtime_ns, folder.as_posix()
 

@@ -264,6 +264,20 @@ def test_a_checkpoint_gives_averaged_or_raw_weights(project, tmp_path, monkeypat
             assert torch.equal(tensor, wanted[name]), name
     code, _, err = kumiki("generate", "gpt", "--raw", "--prompt", "a", "--max-new-tokens", "2")
     assert code == 0 and "step 12, raw" in err
+    older = str(work.relative_to(tmp_path / "p") / "step_3")
+    for command in (("generate", "--prompt", "a"), ("chat", "--once", "a")):
+        words = (*command, "--max-new-tokens", "2", "--checkpoint")
+        for model in ("gpt", "checkpoints/gpt"):
+            for checkpoint in (older, str(Path(older).absolute()), "step_3"):
+                code, _, err = kumiki(*words, checkpoint, model)
+                assert code == 0 and f"model: {older} (step 3" in err, err
+        add_model(tmp_path / "p", "other")
+        for checkpoint in (older, "step_3", "checkpoints/gpt/../gpt", "checkpoints"):
+            code, _, err = kumiki(*words, checkpoint, "other")
+            assert code == 2 and "two models named: other and" in err, err
+        copied = tmp_path / "p/checkpoints/other/work/result/final"
+        shutil.copytree(tmp_path / "p/checkpoints/other/final", copied, dirs_exist_ok=True)
+        assert "model: checkpoints/other/final" in kumiki(*words, "final", "other")[2]
 
 
 # ---------------------------------------------------------------- as a process

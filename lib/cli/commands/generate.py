@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.cli.console import Clock, Texts, note
+from lib.core import files
 from lib.core.errors import Interrupted, UserError, relative
 from lib.export import saved
 from lib.export.generate import Generation, Sampling, TextStream, encode_prompt
@@ -42,14 +43,13 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
 
 def open_named(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened, Any]:
     """The model that the command line names, and its device."""
-    if arguments.model and arguments.checkpoint:
-        raise UserError("two models named", value=arguments.checkpoint, remedy="name one")
+    named = named_by(arguments.model, arguments.checkpoint, root)
     from lib.nn.stream import for_reading
     from lib.train.precision import pick_device
 
     device = pick_device(arguments.device)
     opened = saved.open_model(
-        arguments.model or arguments.checkpoint,
+        named,
         root,
         device=device,
         weights=arguments.weights,
@@ -71,6 +71,26 @@ def open_named(arguments: argparse.Namespace, root: Path | None) -> tuple[Opened
     for line in opened.model.engine_notes():
         note(line)
     return opened, device
+
+
+def named_by(model: str | None, checkpoint: str | None, root: Path | None) -> str | None:
+    """What to open: the one of both that is given, or a checkpoint of the run `model`.
+
+    The latter by its path, or by the name that it has there: final, best, step_400.
+    """
+    if not model or not checkpoint:
+        return model or checkpoint
+    below = root / saved.RUNS / model if root is not None else Path(model)
+    run = below if below.is_dir() else Path(model)
+    alike = [m.parent for m in run.rglob(files.MANIFEST) if m.parent.name == checkpoint]
+    if alike:  # the run's own before one in its work; of several there, the newest
+        return str(max(alike, key=lambda p: (-len(p.parts), *saved.age(p))))
+    path = Path(checkpoint)
+    # What lies in the run may itself be a link into a cache, hence its folder is compared.
+    if path.is_dir() and path.parent.resolve().is_relative_to(run.resolve()):
+        return checkpoint
+    raise UserError("two models named", value=f"{model} and {checkpoint}",
+                    remedy="name one, or a checkpoint of the run")  # fmt: skip
 
 
 def _generate(
