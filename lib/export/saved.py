@@ -123,7 +123,7 @@ def open_folder(
 ) -> Opened:  # fmt: skip
     """Open exactly this folder; every file is hashed first."""
     if (folder / "kumiki.json").is_file():
-        return _open_export(folder, device, streamer)
+        return _open_export(folder, device, streamer, weights)
     kind = Manifest.read(folder / files.MANIFEST).kind
     if kind == "checkpoint":
         return _open_checkpoint(folder, device, streamer, weights)
@@ -134,12 +134,7 @@ def _open_final(folder: Path, device: Any, streamer: Streamer | None, weights: W
     from lib.data.vocab.tokenizer import load_tokenizer
     from lib.train.final import Final
 
-    if weights == "raw":
-        raise UserError(
-            "a finished model holds one set of weights",
-            file=folder,
-            remedy="leave out --raw, or name a checkpoint of its run",
-        )
+    _require_averaged(folder, weights)
     tokenizer = load_tokenizer(folder)
     final = Final.open(folder, tokenizer.fingerprint)
     return Opened(
@@ -212,13 +207,14 @@ def shapes_of(family: Any, config: Any, vocab_size: int) -> dict[str, tuple[int,
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _open_export(folder: Path, device: Any, streamer: Streamer | None) -> Opened:
+def _open_export(folder: Path, device: Any, streamer: Streamer | None, weights: Weights) -> Opened:
     from lib.core.typed import typed
     from lib.data.vocab.tokenizer import load_tokenizer
     from lib.export.hf import TOKENIZER, WEIGHTS, read_names, restore
     from lib.models.base import build, load_family
     from lib.train.checkpoint import read_tensors
 
+    _require_averaged(folder, weights)
     if (folder / files.MANIFEST).is_file():
         artifact.verify(folder, Manifest.read(folder / files.MANIFEST))
     note = read_names(folder)
@@ -240,6 +236,16 @@ def _open_export(folder: Path, device: Any, streamer: Streamer | None) -> Opened
         framed=(folder / chat.CARD).is_file(),
         weights="export",
     )
+
+
+def _require_averaged(folder: Path, weights: Weights) -> None:
+    """UserError where raw weights are asked of what a run has left: the averaged ones alone."""
+    if weights == "raw":
+        raise UserError(
+            "a finished model holds one set of weights",
+            file=folder,
+            remedy="leave out --raw, or name a checkpoint of its run",
+        )
 
 
 def require_tokenizer(given: str, wanted: str, folder: Path) -> None:

@@ -295,6 +295,8 @@ def test_export_opens_outside_of_the_project(project, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == expected(project, "the", 12, Sampling(temperature=0))
+    raw = run_module(tmp_path, "lib.cli.main", "generate", str(folder), "--raw", *words)
+    assert raw.returncode == 2 and b"holds one set of weights" in raw.stderr
     (folder / "tokenizer.json").chmod(0o644)
     again = run_module(project, "stages.export", "--run", "gpt")
     assert again.returncode == 0 and b"up to date" in again.stderr
