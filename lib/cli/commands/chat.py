@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lib.cli.commands.generate import open_named
 from lib.cli.console import note, write
@@ -127,9 +128,9 @@ def order(talk: Conversation, words: list[str]) -> None:
         if name == "/reset":
             talk.turns, talk.told = [], set()
         elif name == "/seed":
-            talk.sampling = replace(talk.sampling, seed=int(value))
+            talk.sampling = replace(talk.sampling, seed=number(name, value, int))
         elif name == "/temp":
-            talk.sampling = replace(talk.sampling, temperature=float(value))
+            talk.sampling = replace(talk.sampling, temperature=number(name, value, float))
         elif name == "/save" and value:
             said = [{"role": t.role, "content": t.content} for t in talk.turns]
             files.write_json(Path(value), said)
@@ -138,3 +139,12 @@ def order(talk: Conversation, words: list[str]) -> None:
             note(HELP)
     except (ValueError, UserError, Interrupted) as error:
         note(f"error: {error}; {HELP}")
+
+
+def number(name: str, text: str, kind: type) -> Any:
+    """What stands behind an order."""
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "whole number" if kind is int else "number"
+        raise UserError(f"{name} takes a {wanted}", value=text or "nothing") from None

@@ -86,8 +86,7 @@ def named_by(model: str | None, checkpoint: str | None, root: Path | None) -> st
     if alike:  # the run's own before one in its work; of several there, the newest
         return str(max(alike, key=lambda p: (-len(p.parts), *saved.age(p))))
     path = Path(checkpoint)
-    # What lies in the run may itself be a link into a cache, hence its folder is compared.
-    if path.is_dir() and path.parent.resolve().is_relative_to(run.resolve()):
+    if path.is_dir() and run.resolve() in path.resolve().parents:
         return checkpoint
     raise UserError("two models named", value=f"{model} and {checkpoint}",
                     remedy="name one, or a checkpoint of the run")  # fmt: skip
