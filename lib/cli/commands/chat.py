@@ -19,7 +19,7 @@ from lib.cli.commands.generate import open_named
 from lib.cli.console import note, write
 from lib.cli.conversation import Conversation
 from lib.core import files
-from lib.core.errors import Interrupted, UserError, relative
+from lib.core.errors import KumikiError, UserError, relative
 from lib.data.vocab.chat import IDS
 from lib.export import saved
 from lib.export.generate import Sampling
@@ -132,13 +132,22 @@ def order(talk: Conversation, words: list[str]) -> None:
         elif name == "/temp":
             talk.sampling = replace(talk.sampling, temperature=number(name, value, float))
         elif name == "/save" and value:
-            said = [{"role": t.role, "content": t.content} for t in talk.turns]
-            files.write_json(Path(value), said)
-            note(f"saved {len(said)} turns in {relative(value)}")
+            save(talk, value)
         else:
             note(HELP)
-    except (ValueError, UserError, Interrupted) as error:
+    except KumikiError as error:
         note(f"error: {error}; {HELP}")
+
+
+def save(talk: Conversation, name: str) -> None:
+    """The turns so far as JSON."""
+    said = [{"role": t.role, "content": t.content} for t in talk.turns]
+    try:
+        files.write_json(Path(name), said)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        why = getattr(error, "strerror", None) or "not a file name"
+        raise UserError("cannot write", file=name, value=why) from None
+    note(f"saved {len(said)} turns in {relative(name)}")
 
 
 def number(name: str, text: str, kind: type) -> Any:
