@@ -179,6 +179,12 @@ def test_status_tells_missing_done_stale_and_running(kumiki, project):
     assert state()["state"] == "stale"
 
 
+@pytest.mark.parametrize("pause", ("-1", "0", "nan", "inf"))
+def test_status_watches_at_times_that_a_clock_knows(kumiki, pause):
+    code, out, err = kumiki("status", "--watch", pause)
+    assert code == 2 and not out and f"--watch {pause}" in err and "above 0" in err
+
+
 def test_status_verify_finds_a_flipped_bit(kumiki, project):
     assert kumiki("status", "--verify")[0] == 0
     path = next((project / "scratch/tokens").glob("*/train_00000.bin"))

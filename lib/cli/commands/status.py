@@ -11,23 +11,31 @@ from typing import Any
 
 from lib.cli import machines, pipeline, tables
 from lib.core import artifact, files, params
-from lib.core.errors import InputError
+from lib.core.errors import InputError, UserError
 from lib.export import amounts
+
+LONGEST_PAUSE = 86400.0  # seconds; what is far above it overflows the system's clock
 
 
 def run(arguments: argparse.Namespace, root: Path | None) -> None:
     """Print the table, once or again and again."""
+    pause = arguments.watch
+    if pause is not None and not 0 < pause <= LONGEST_PAUSE:  # nan compares with nothing
+        raise UserError(
+            "not a time to wait", value=f"--watch {pause:g}",
+            remedy="give seconds, a number above 0 and up to a day",
+        )  # fmt: skip
     while True:
         found = collect(arguments.verify)
         if arguments.json:
             tables.put_json(found)
         else:
-            if arguments.watch and sys.stdout.isatty():
+            if pause is not None and sys.stdout.isatty():
                 sys.stdout.write("\x1b[2J\x1b[H")
             tables.put(shown(found))
-        if not arguments.watch:
+        if pause is None:
             break
-        time.sleep(arguments.watch)
+        time.sleep(pause)
     if arguments.verify and found["scratch"]["problems"]:
         raise InputError(
             "scratch differs from its manifests",
