@@ -19,7 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.cli.machines import gpu_memory, memory
+from lib.cli import estimate
+from lib.cli.cost import KNOBS, problems, totals
+from lib.cli.machines import Machine, this_machine
 from lib.core import artifact, files
 from lib.core.errors import KumikiError
 from lib.core.settings import Settings
@@ -27,7 +29,7 @@ from lib.export import amounts
 
 State = Literal["ok", "warn", "fail", "skip"]
 LEAST_PYTHON = (3, 11)
-LEAST_RAM, LEAST_FILES = 4e9, 1024
+LEAST_FILES = 1024
 VARIABLES = (
     "KUMIKI_SCRATCH", "KUMIKI_LAUNCHER", "KUMIKI_NPROC", "KUMIKI_RDZV", "KUMIKI_NNODES",
     "KUMIKI_SBATCH", "KUMIKI_CODE_CHANGE", "KUMIKI_DEBUG", "CUDA_VISIBLE_DEVICES", "HF_TOKEN",
@@ -57,8 +59,13 @@ def all_rows(settings: Settings, family: str | None) -> Iterator[Row]:
     yield from packages()
     yield from torch_rows()
     yield from triton_rows(settings, family)
-    yield from machine_rows()
-    yield from scratch_rows()
+    machine, needs = this_machine(), Needs()
+    try:
+        needs = needs_of(settings, family, machine)
+    except KumikiError as error:
+        yield Row("estimate", "fail", str(error), "", "see kumiki estimate")
+    yield from machine_rows(machine, needs)
+    yield from scratch_rows(needs)
     yield from tool_rows()
     yield from variable_rows()
 
@@ -178,14 +185,42 @@ def kernel_rows(settings: Settings) -> Iterator[Row]:
 # ---------------------------------------------------------------- machine
 
 
-def machine_rows() -> Iterator[Row]:
-    """RAM, swap, memory that may be pinned, file limit."""
-    ram = memory()["ram_bytes"]
-    state: State = "skip" if ram is None else "ok" if ram >= LEAST_RAM else "warn"
-    yield Row("RAM", state, amounts.size(ram), "4 GB for small", "close other programs")
-    vram = gpu_memory()["vram_bytes"]
-    if vram is not None:
-        yield Row("VRAM", "ok", amounts.size(vram))
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that the estimate asks for, and the kinds of which this machine has too few."""
+
+    ram: float | None = None
+    vram: float | None = None
+    scratch: float | None = None
+    lacking: frozenset[str] = frozenset()
+
+    def judge(self, kind: str) -> State:
+        """Whether there is enough of a kind, in the words of `cost.problems`."""
+        return "fail" if kind in self.lacking else "ok"
+
+
+def needs_of(settings: Settings, family: str | None, machine: Machine) -> Needs:
+    """Of the profile, or of one family's training: what `kumiki estimate` says and refuses by."""
+    if family is not None and family not in settings.train:
+        return Needs()
+    found = estimate.costs(settings, machine, family)
+    sums = totals(found)
+    return Needs(
+        ram=sums["ram_bytes"] or None,
+        vram=sums["vram_bytes"] or None,
+        scratch=sums["scratch_bytes"] or None,
+        lacking=frozenset(kind for kind, *_ in problems(found, machine)),
+    )
+
+
+def machine_rows(machine: Machine, needs: Needs) -> Iterator[Row]:
+    """RAM, memory of the GPU, memory that may be pinned, file limit."""
+    state: State = "skip" if machine.ram_bytes is None else needs.judge("memory")
+    remedy = KNOBS["memory"]
+    yield Row("RAM", state, amounts.size(machine.ram_bytes), _asked(needs.ram), remedy)
+    if machine.vram_bytes is not None:
+        state, found = needs.judge("GPU memory"), amounts.size(machine.vram_bytes)
+        yield Row("VRAM", state, found, _asked(needs.vram), remedy)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = locked == resource.RLIM_INFINITY
     yield Row("pinnable memory", "ok", "unlimited" if unlimited else amounts.size(locked), "",
@@ -195,7 +230,11 @@ def machine_rows() -> Iterator[Row]:
     yield Row("open files", state, f"{limit:,}", f"{LEAST_FILES:,}", "ulimit -n 4096")
 
 
-def scratch_rows() -> Iterator[Row]:
+def _asked(size: float | None) -> str:
+    return "" if size is None else amounts.size(size)
+
+
+def scratch_rows(needs: Needs) -> Iterator[Row]:
     """The scratch folder: rights, space, file system, mount; and how DVC links its cache."""
     place = artifact.scratch_root()
     base = place
@@ -207,6 +246,9 @@ def scratch_rows() -> Iterator[Row]:
     found = f"{amounts.size(free)} free, {kind or 'unknown file system'} at {mount}"
     state: State = "fail" if not good or kind in ("tmpfs", "ramfs") else "ok"
     yield Row("scratch", state, found, "writable, on a disk", remedy)
+    space = "skip" if needs.scratch is None else needs.judge("disk")
+    yield Row("scratch space", space, f"{amounts.size(free)} free", _asked(needs.scratch),
+              KNOBS["disk"])  # fmt: skip
     wanted = os.environ.get("KUMIKI_SCRATCH", "")
     if wanted.startswith(("/mnt/", "/media/")) and mount == "/":
         yield Row("scratch mount", "fail", "on the system's disk", "its own disk", "mount it")

@@ -210,6 +210,32 @@ def test_doctor_passes_for_small_and_fails_on_a_broken_kernel(kumiki, monkeypatc
     assert "kernel scan" in err and "reference" in err
 
 
+def test_doctor_fails_where_the_estimate_does(kumiki, monkeypatch):
+    """Memory and disk of the profile asked for, not of `small`; the two commands never disagree."""
+    from lib.cli import checkup
+
+    here = machines.this_machine()
+    small = {name: row for name, row in doctor_rows(kumiki)[1].items() if name in SPACE}
+    assert {row["state"] for row in small.values()} == {"ok"} and small["RAM"]["needed"]
+    for change, name in (({"ram_bytes": 10}, "RAM"), ({"disk_bytes": 10}, "scratch space")):
+        poor = replace(here, **change)
+        for place in (checkup, machines):
+            monkeypatch.setattr(place, "this_machine", lambda poor=poor: poor)
+        code, rows = doctor_rows(kumiki)
+        assert code == kumiki("estimate")[0] == 4
+        assert {n for n, row in rows.items() if row["state"] == "fail"} == {name}
+    needed = small["scratch space"]["needed"]
+    assert f"(needed: {needed})" in kumiki("doctor")[2]
+
+
+SPACE = ("RAM", "scratch space")
+
+
+def doctor_rows(kumiki) -> tuple[int, dict[str, dict[str, str]]]:
+    code, out, _ = kumiki("doctor", "--json")
+    return code, {row["name"]: row for row in json.loads(out)["rows"]}
+
+
 def test_doctor_fails_where_triton_is_wished_for_and_cannot_run(kumiki, project):
     """phase7.md 12.17; training with the same wish stops with exit 2 (test_dispatch)."""
     import torch

@@ -51,9 +51,10 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
             tables.put(["", f"{what}: everything needed is here"])
     if failed:
         first = failed[0]
+        needed = f" (needed: {first.needed})" if first.needed else ""
         raise EnvError(
             f"{what} needs what is not here",
-            value=f"{first.name}: {first.found}",
+            value=f"{first.name}: {first.found}{needed}",
             remedy=first.remedy or "see the rows above",
         )
 
