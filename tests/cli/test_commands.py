@@ -621,6 +621,31 @@ def test_dry_run_and_plan_need_no_files(kumiki, project):
     assert sorted(p for p in project.rglob("*") if "cache" not in p.parts) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    (
+        (["gpt", "trm", "--plan"], "--plan is of one family: gpt trm"),
+        (["gpt", "trm", "--largest"], "--largest is of one family: gpt trm"),
+        (["gpt", "trm", "--dry-run", "2"], "--dry-run is of one family: gpt trm"),
+        (["gpt", "--plan", "--largest"], "options exclude each other: --plan --largest"),
+        (["nosuch"], "unknown benchmark: nosuch"),
+        (["stream", "--plan"], "--plan is of families: stream"),
+        (["stream", "--largest"], "--largest is of families: stream"),
+        (["stream", "--dry-run", "2"], "--dry-run is of families: stream"),
+        (["gpt", "stream"], "a benchmark is named alone: gpt stream"),
+    ),
+)
+def test_bench_refuses_what_it_would_drop(kumiki, project, monkeypatch, words, told):
+    from lib.cli.commands import bench
+
+    for name in ("stream", "trm"):  # `trm` is a family and a benchmark
+        files.write_bytes(project / f"benchmarks/{name}.py", b"")
+    monkeypatch.setattr(bench, "suite", lambda name: pytest.fail(f"{name} ran"))
+    code, out, err = kumiki("bench", *words)
+    assert code == 2 and not out and told in err
+    assert err.count(" trm,") <= 1, "a name stands once in a list"
+
+
 def test_two_families_are_measured_side_by_side(kumiki, project, monkeypatch):
     """Equal tokens at every length, a CSV beside the table, and which is faster from where on."""
     from lib.cli.commands import bench

@@ -36,14 +36,16 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     families = family_names()
     unknown = [w for w in arguments.what if w not in families and w not in suites]
     if unknown:
-        names = ", ".join([*families, *suites])
+        names = ", ".join(dict.fromkeys([*families, *suites]))  # some are both
         raise UserError("unknown benchmark", value=unknown[0], remedy=f"choose one of {names}")
-    if len(arguments.what) == 1 and arguments.what[0] not in families:
-        if arguments.json:
-            raise UserError("a suite prints tables only", value=arguments.what[0],
-                            remedy="leave out --json")  # fmt: skip
-        suite(arguments.what[0])
+    mode = mode_of(arguments)
+    if alone := [w for w in arguments.what if w not in families]:
+        require_suite_only(arguments, alone[0], mode)
+        suite(alone[0])
         return
+    if mode and len(arguments.what) > 1:
+        raise UserError(f"{mode} is of one family", value=" ".join(arguments.what),
+                        remedy="run it once for each")  # fmt: skip
     settings = load_profile(arguments.profile)
     for name in arguments.what:
         if name not in settings.train:
@@ -59,6 +61,30 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
         raise UserError("too many families", value=len(arguments.what), remedy="name two at most")
     else:
         steps(settings, arguments.what, arguments.json)
+
+
+def mode_of(arguments: argparse.Namespace) -> str | None:
+    """The option that asks for something else than steps. UserError for two of them."""
+    asked = {
+        "--plan": arguments.plan,
+        "--dry-run": arguments.dry_run is not None,
+        "--largest": arguments.largest,
+    }
+    modes = [name for name, given in asked.items() if given]
+    if len(modes) > 1:
+        raise UserError("options exclude each other", value=" ".join(modes), remedy="give one")
+    return modes[0] if modes else None
+
+
+def require_suite_only(arguments: argparse.Namespace, name: str, mode: str | None) -> None:
+    """A suite runs whole and by itself: what it could not heed is refused, not dropped."""
+    if len(arguments.what) > 1:
+        raise UserError("a benchmark is named alone", value=" ".join(arguments.what),
+                        remedy=f"run {name} by itself")  # fmt: skip
+    if mode:
+        raise UserError(f"{mode} is of families", value=name, remedy=f"leave out {mode}")
+    if arguments.json:
+        raise UserError("a suite prints tables only", value=name, remedy="leave out --json")
 
 
 def suite(name: str) -> None:
