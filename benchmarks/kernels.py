@@ -269,7 +269,8 @@ def main() -> int:
     if arguments.cpu:
         return on_cpu(arguments.op)
     if reason := kernels.unusable(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-        print(f"error: no kernel can be timed here: {reason}; use --cpu", file=sys.stderr)
+        instead = "time the references by `python -m benchmarks.kernels --cpu`"
+        print(f"error: no kernel can be timed here: {reason}; {instead}", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     if arguments.measure:

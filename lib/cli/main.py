@@ -138,7 +138,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 def _bench(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    what = "families, or one of stream, kernels, data, generate, train"
+    what = "families, or one benchmark: stream, kernels, data, generate, train, ..."
     add("what", nargs="+", metavar="WHAT", help=what)
     add("--profile", metavar="P", help="sizes of this profile; default: the active one")
     add("--largest", action="store_true", help="largest model whose whole step fits")

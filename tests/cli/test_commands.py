@@ -646,6 +646,27 @@ def test_bench_refuses_what_it_would_drop(kumiki, project, monkeypatch, words, t
     assert err.count(" trm,") <= 1, "a name stands once in a list"
 
 
+def test_decoding_of_trained_models_is_measured(project):
+    done = run_module(project, "benchmarks.generate", "gpt", "nobody")
+    told, out = done.stderr.decode(), done.stdout.decode().splitlines()
+    assert done.returncode == 0, told
+    assert out[0].split()[:3] == ["model", "prefill", "tokens/s"]
+    model, prefill, decoding = out[1].split()[:3]
+    assert model == "gpt" and float(prefill) > 0 and float(decoding) > 0
+    assert "no model in checkpoints: nobody" in out[2]
+    assert len((project / "benchmarks/out/generate.csv").read_text().splitlines()) == 3
+    shutil.rmtree(project / "checkpoints")
+    done = run_module(project, "benchmarks.generate")
+    assert done.returncode == 2 and done.stderr.startswith(b"error: no model in checkpoints")
+
+
+def test_kernels_without_a_gpu_name_a_command_that_works(project):
+    if torch.cuda.is_available():
+        pytest.skip("here they are timed")
+    done = run_module(project, "benchmarks.kernels")
+    assert done.returncode == 2 and b"`python -m benchmarks.kernels --cpu`" in done.stderr
+
+
 def test_two_families_are_measured_side_by_side(kumiki, project, monkeypatch):
     """Equal tokens at every length, a CSV beside the table, and which is faster from where on."""
     from lib.cli.commands import bench
