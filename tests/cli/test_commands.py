@@ -140,6 +140,14 @@ def test_config_names_the_place_of_a_value(kumiki, project):
     assert code == 2 and "choose one of small" in err
 
 
+def test_config_marks_the_active_profile_whichever_is_shown(kumiki, project):
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text + "  other: {seed: 8}\n")
+    assert kumiki("config")[1].splitlines()[:2] == ["profiles: other, *small", ""]
+    shown = kumiki("config", "--profile", "other")[1].splitlines()
+    assert shown[:3] == ["profiles: other, *small", "values of other", ""]
+
+
 STAGE = """
 stages:
   make:

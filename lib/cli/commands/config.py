@@ -28,12 +28,14 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
         for key, value, default in _leaves(settings)
         if not (arguments.changed and value == default)
     ]
+    active = raw.get("profile")
     if arguments.json:
-        known = {"profile": chosen, "active": raw.get("profile"), "profiles": sorted(profiles)}
+        known = {"profile": chosen, "active": active, "profiles": sorted(profiles)}
         tables.put_json({**known, "values": rows})
         return
-    marked = (f"*{name}" if name == chosen else name for name in sorted(profiles))
-    tables.put([f"profiles: {', '.join(marked)}", ""])
+    marked = (f"*{name}" if name == active else name for name in sorted(profiles))
+    tables.put([f"profiles: {', '.join(marked)}"])
+    tables.put([""] if chosen == active else [f"values of {chosen}", ""])
     shown = [(r["key"], _shown(r["value"]), r["origin"]) for r in rows]
     tables.put(tables.lines(shown, ("key", "value", "from")))
 
