@@ -111,7 +111,7 @@ def largest(settings: Settings, name: str, budget_gb: float | None, as_json: boo
             "parameters": cost["parameters"],
             "depth": None,
         }
-        tables.put_json(found) if as_json else tables.put([str(found)])
+        tables.put_json(found) if as_json else tables.put(largest_lines(name, found))
         return
     tried: dict[int, dict[str, Any]] = {}
 
@@ -133,8 +133,15 @@ def largest(settings: Settings, name: str, budget_gb: float | None, as_json: boo
     if as_json:
         tables.put_json(best)
     else:
-        size = amounts.size(best["peak_bytes"])
-        tables.put([f"{name}: depth {low}, {best['parameters']:,} parameters, peak {size}"])
+        tables.put(largest_lines(name, best))
+
+
+def largest_lines(name: str, found: dict[str, Any]) -> list[str]:
+    """The table: one row, whether it was measured or not."""
+    how = "measured" if found["measured"] else "the profile's own size, not measured"
+    row = (name, found["depth"], f"{found['parameters']:,}",
+           amounts.size(found.get("peak_bytes")), how)  # fmt: skip
+    return tables.lines([row], ("run", "depth", "parameters", "peak", ""))
 
 
 def _trial(trial: Any, depth: int, budget: float | None) -> dict[str, Any]:

@@ -725,6 +725,25 @@ def test_largest_is_the_deepest_model_that_fits(kumiki, project, monkeypatch):
     assert real(trial, 1, 50e9)["fits"] and not real(trial, 1, 1e6)["fits"]
 
 
+def test_largest_is_a_table_whether_measured_or_not(kumiki, monkeypatch):
+    from lib.cli import bench_trials
+
+    monkeypatch.setattr(
+        bench_trials, "_trial",
+        lambda trial, depth, budget: {"fits": depth <= 2, "parameters": 1000, "peak_bytes": 5e6},
+    )  # fmt: skip
+    header = ["run", "depth", "parameters", "peak"]
+    lines = kumiki("bench", "gpt", "--largest", "--budget", "1")[1].splitlines()
+    assert [line.split() for line in lines] == [
+        header, ["gpt", "2", "1,000", "5.00", "MB", "measured"],
+    ]  # fmt: skip
+    here = replace(machines.this_machine(), vram_bytes=None)
+    monkeypatch.setattr(machines, "this_machine", lambda: here)
+    code, out, _ = kumiki("bench", "gpt", "--largest")
+    assert code == 0 and out.split()[:4] == header and "not measured" in out and "{" not in out
+    assert json.loads(kumiki("bench", "gpt", "--largest", "--json")[1])["measured"] is False
+
+
 def test_a_frozen_gradient_is_told(kumiki, monkeypatch):
     from lib.cli import measure
 
