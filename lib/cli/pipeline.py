@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -203,12 +203,14 @@ def _progress(state: State, work: Path | None, holder: str) -> State:
     return state
 
 
-def scratch_problems(full: bool = False) -> list[str]:
-    """What the manifests name and scratch does not hold; hashed where `full`."""
+def scratch_problems(full: bool = False, keys: Sequence[str] = ()) -> list[str]:
+    """What the manifests name and scratch does not hold; hashed where `full`; of `keys` alone."""
     found = []
     for path in manifests():
         manifest = Manifest.read(path)
         for folder, entries in folders_of(manifest):
+            if keys and folder.name not in keys:
+                continue
             if full:
                 bad = artifact.damaged(folder, entries, full=True)
             else:

@@ -27,11 +27,19 @@ class Store:
     def __init__(self, place: str) -> None:
         from fsspec.core import url_to_fs
 
+        self.place = place
         try:
             self.fs, self.root = url_to_fs(place)
         except (ImportError, ValueError) as error:  # the protocol's package, or the protocol
             remedy = "install what it names, or name a folder"
             raise UserError("no such store", value=f"{place} ({error})", remedy=remedy) from error
+
+    def require(self) -> None:
+        """UserError where nothing lies at the place: an empty store and a misspelt one differ."""
+        with self._reached():
+            there = self.fs.exists(self.root)
+        if not there:
+            raise UserError("no such store", value=self.place, remedy="name where keys were pushed")
 
     def keys(self) -> list[tuple[str, str]]:
         """(kind, key) of everything that is whole."""

@@ -479,6 +479,30 @@ def test_push_and_pull_bring_keys_back(kumiki, project, tmp_path):
     assert code == 2 and "no such store: nowhere://bucket" in err and "name a folder" in err
 
 
+def test_an_unknown_key_or_store_is_no_success(kumiki, project, tmp_path):
+    store = str(tmp_path / "store")
+    nowhere = str(tmp_path / "nowhere")
+    key = Manifest.read(project / "data/tokens/bpe.manifest.json").key
+    assert kumiki("scratch", "push", store, "--key", key)[0] == 0
+    for words in (["list"], ["verify"], ["gc", "--yes"], ["push", nowhere], ["pull", store]):
+        code, out, err = kumiki("scratch", *words, "--key", "nope")
+        assert code == 2 and not out and ": nope; see" in err, words
+        if words[0] != "gc":
+            assert kumiki("scratch", *words, "--key", key)[0] == 0, words
+            shutil.rmtree(nowhere, ignore_errors=True)
+    code, out, err = kumiki("scratch", "pull", nowhere)
+    assert code == 2 and not out and f"no such store: {nowhere[:60]}" in err
+
+
+def test_verify_looks_at_the_keys_asked_for(kumiki, project):
+    from lib.cli import pipeline
+
+    manifest = Manifest.read(project / "data/tokens/bpe.manifest.json")
+    (project / "scratch/tokens" / manifest.key / manifest.files[0].path).unlink()
+    assert kumiki("scratch", "verify", "--key", manifest.key)[0] == 3
+    assert pipeline.scratch_problems(full=True, keys=["another"]) == []
+
+
 def test_a_store_behind_a_url_gives_whole_keys_or_none(kumiki, project):
     """`memory://` stands for s3:// and its like: fsspec, not a folder."""
     import fsspec

@@ -49,14 +49,24 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     if arguments.action in ("push", "pull"):
         copy(arguments)
         return
+    if arguments.action == "verify":
+        verify(arguments)
+        return
     needed, unread = needs()
-    keys = [key for key in listed(needed) if not arguments.key or key.key in arguments.key]
+    found = listed(needed)
+    require_known(arguments.key, {key.key for key in found}, artifact.scratch_root())
+    keys = [key for key in found if not arguments.key or key.key in arguments.key]
     if arguments.action == "gc":
         collect(keys, unread, arguments)
-    elif arguments.action == "verify":
-        verify(arguments)
     else:
         show(keys, arguments.json)
+
+
+def require_known(asked: list[str], known: set[str], place: object) -> None:
+    """UserError for a key that is not there: done with nothing would look like done."""
+    for key in asked:
+        if key not in known:
+            raise UserError(f"no such key in {place}", value=key, remedy="see kumiki scratch list")
 
 
 def show(keys: list[Key], as_json: bool) -> None:
@@ -149,8 +159,11 @@ def collect(keys: list[Key], unread: list[str], arguments: argparse.Namespace) -
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    """Hash everything that the manifests name."""
-    problems = pipeline.scratch_problems(full=True)
+    """Hash everything that the manifests name, or what they name of some keys."""
+    named = {folder.name for path in pipeline.manifests()
+             for folder, _ in pipeline.folders_of(Manifest.read(path))}  # fmt: skip
+    require_known(arguments.key, named, "the manifests")
+    problems = pipeline.scratch_problems(full=True, keys=arguments.key)
     if arguments.json:
         tables.put_json({"problems": problems})
     else:
@@ -168,12 +181,17 @@ def copy(arguments: argparse.Namespace) -> None:
     if arguments.place is None:
         raise UserError("no store", value=arguments.action, remedy="name a folder or a URL")
     store, pushing = Store(arguments.place), arguments.action == "push"
+    if not pushing:
+        store.require()
     root = artifact.scratch_root()
     here = sorted((p.parent.name, p.name) for p in root.glob("*/*") if p.is_dir())
     source, target = (here, store.keys()) if pushing else (store.keys(), here)
+    source = [(kind, key) for kind, key in source if kind in KINDS]
+    place = root if pushing else arguments.place
+    require_known(arguments.key, {key for _, key in source}, place)
     copied: list[dict[str, Any]] = []
     for kind, key in source:
-        if kind not in KINDS or (kind, key) in target:
+        if (kind, key) in target:
             continue
         if not arguments.key or key in arguments.key:
             total = store.push(kind, key) if pushing else store.pull(kind, key)
