@@ -18,7 +18,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
+from benchmarks._work import work_folder
 from lib.core import files
 from lib.core.artifact import Manifest
 from lib.core.data_settings import Dedup, Encoding, Gpt2Tokenizer, Recipe
@@ -51,7 +51,7 @@ def main() -> None:
         memory_of(arguments.memory_of)
         return
     bpe = arguments.data / "gpt2_bpe"
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with work_folder() as name:
         folder = Path(name)
         jsonl = sorted((arguments.data / "ja_jsonl").glob("train_*.jsonl.gz"))
         parquet = sorted((arguments.data / "en_shards").glob("shard_*.parquet"))
@@ -250,4 +250,7 @@ def peak_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(75) from None

@@ -18,7 +18,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from benchmarks._work import work_folder
 from lib.core.rng import numpy_generator
 from lib.core.run_settings import Runtime, Train
 from lib.data.loader import Loader
@@ -124,7 +124,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     muon = timed(optim._MuonStack, "step")  # one call for every shape
     loader = TimedLoader(random_store(vocab, rows), rows * T, SEED)
     model = build(gpt, CONFIG, vocab, seed=SEED)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with work_folder() as name:
         job = Job(
             run="benchmark",
             settings=Train(steps=steps, batch_tokens=rows * T, schedule="base", eval_every=0),

@@ -7,8 +7,10 @@ import os
 import pty
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -697,6 +699,43 @@ def test_kernels_without_a_gpu_name_a_command_that_works(project):
         pytest.skip("here they are timed")
     done = run_module(project, "benchmarks.kernels")
     assert done.returncode == 2 and b"`python -m benchmarks.kernels --cpu`" in done.stderr
+
+
+SLOW = """
+import pathlib, time
+try:
+    pathlib.Path("began").touch()
+    time.sleep(60)
+finally:
+    time.sleep(1)  # longer than subprocess.run lets an interrupted child live
+    pathlib.Path("tidied").touch()
+"""
+
+
+def test_an_interrupted_benchmark_may_put_its_files_away(project):
+    files.write_bytes(project / "benchmarks/__init__.py", b"")
+    files.write_bytes(project / "benchmarks/slow.py", SLOW.encode())
+    words = [sys.executable, "-P", "-m", "lib.cli.main", "bench", "slow"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, env=environment, start_new_session=True, stderr=-1) as process:
+        deadline = time.monotonic() + 60
+        while not (project / "began").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to both
+        assert process.wait(30) == 75
+    assert (project / "tidied").exists()
+
+
+def test_benchmarks_write_outside_of_the_project(project, tmp_path, monkeypatch):
+    from benchmarks._work import work_folder
+
+    monkeypatch.delenv("KUMIKI_SCRATCH", raising=False)
+    with work_folder() as name:
+        assert Path(name).is_dir() and project not in Path(name).parents
+    monkeypatch.setenv("KUMIKI_SCRATCH", str(tmp_path / "disk"))
+    with work_folder() as name:
+        assert Path(name).parent == tmp_path / "disk"
+    assert not Path(name).exists()
 
 
 def test_two_families_are_measured_side_by_side(kumiki, project, monkeypatch):

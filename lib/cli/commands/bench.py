@@ -8,6 +8,7 @@ CSV to benchmarks/out/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from lib.core.settings import Settings
 from lib.export import amounts
 
 SUITES = Path("benchmarks")
+GRACE = 10.0  # seconds that an interrupted benchmark has to put its files away
 LENGTHS = (256, 512, 1024)  # contexts of two families side by side, at constant tokens
 
 
@@ -89,8 +91,16 @@ def require_suite_only(arguments: argparse.Namespace, name: str, mode: str | Non
 
 def suite(name: str) -> None:
     """A benchmark of benchmarks/, in a process of its own; its output is the product."""
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False)
-    if done.returncode:
+    with subprocess.Popen([sys.executable, "-m", f"benchmarks.{name}"]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            # A terminal interrupts both. subprocess.run kills after 0.25 s: its folder would stay.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            process.kill()
+            raise
+    if code:
         raise EnvError("benchmark failed", value=name, remedy="the lines above tell why")
 
 
