@@ -351,7 +351,9 @@ def test_estimate_counts_refuses_and_fits(kumiki):
     assert code == 0 and found["fit"]["train@gpt"]["steps"] == 1
     assert found["machine"]["source"] == "from table, not measured"
     assert kumiki("estimate", "--device", "abacus")[0] == 2
-    assert kumiki("estimate", "--fit", "soon")[0] == 2
+    for time_ in ("soon", "", "0d", "0.0h", "9" * 300 + "d"):
+        code, out, err = kumiki("estimate", "--fit", time_)
+        assert code == 2 and not out and "12h" in err
     assert kumiki("estimate", "--run", "nobody")[0] == 2
 
 
@@ -422,6 +424,13 @@ def test_write_touches_the_recipe_alone(tmp_path, monkeypatch, capsys):
                                                                    "ja_sample": 0.25}  # fmt: skip
     assert cli.main(["recipe", "--set", "nobody=1"]) == 2
     assert cli.main(["recipe", "--set", "ja_sample=much"]) == 2
+
+
+def test_write_without_a_mixture_says_what_to_give(kumiki, project):
+    before = (project / "params.yaml").read_bytes()
+    code, out, err = kumiki("recipe", "--write")
+    assert code == 2 and not out and "nothing written" in err and "--init" in err
+    assert (project / "params.yaml").read_bytes() == before
 
 
 def test_groups_share_out_and_local_files_are_sources(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from lib.core.errors import UserError
 from lib.export import amounts
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LONGEST = 1e12  # seconds, 30,000 years; FLOPs of far more overflow
 HEADER = ("stage", "download", "scratch", "RAM", "VRAM", "time", "binds")
 
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     if arguments.run and arguments.run not in settings.train:
         names = ", ".join(n for n in settings.train if n != "defaults")
         raise UserError("unknown run", value=arguments.run, remedy=f"choose one of {names}")
-    seconds = parse_time(arguments.fit) if arguments.fit else None
+    seconds = None if arguments.fit is None else parse_time(arguments.fit)
     found = costs(settings, machine, arguments.run)
     fits = {
         cost.stage: fitting(cost, seconds)
@@ -57,9 +58,10 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
 def parse_time(text: str) -> float:
     """30m, 12h, 7d in seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if found is None:
-        raise UserError("not a time", value=text, remedy="write 30m, 12h or 7d")
-    return float(found[1]) * UNITS[found[2]]
+    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if not 0 < seconds < LONGEST:
+        raise UserError("not a time above 0", value=text, remedy="write 30m, 12h or 7d")
+    return seconds
 
 
 def shown(profile: str, machine: Machine, found: list[Cost]) -> list[str]:

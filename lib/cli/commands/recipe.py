@@ -45,6 +45,9 @@ def run(arguments: argparse.Namespace, root: Path | None) -> None:
     settings = load_profile(arguments.profile)
     answers = _answers(arguments)
     if not (answers or arguments.init or arguments.set):
+        if arguments.write:
+            raise UserError("nothing written: no mixture given", value="--write",
+                            remedy="add --init, --ask, --from FILE or --set")  # fmt: skip
         show(settings, arguments.name, arguments.json)
         return
     found = local_sources(settings)
