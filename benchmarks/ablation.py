@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from benchmarks._work import work_folder
 from benchmarks.train import TimedLoader
 from lib.core.growing import AppendLog
 from lib.core.run_settings import Runtime, Train
@@ -127,7 +127,7 @@ def measure(data: Data, row: Row, seed: int, steps: int, size: dict[str, int]) -
         loaders.append(TimedLoader(data.store, plan.batch_tokens, seed, plan.rows_by_step))
         return loaders[-1]
 
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with work_folder() as folder:
         outcome = train(
             Job(
                 run="ablation", settings=settings, seed=seed, model=model, rows=rows,

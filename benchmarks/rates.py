@@ -12,7 +12,6 @@ Law: held are the batches of steps [first, first + batches) in the seeded order 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks._work import work_folder
 from lib.core import params
 from lib.core.settings import Settings
 from lib.core.stage import Run
@@ -58,7 +58,7 @@ def main() -> None:
 def loss_at(lr: float, held: list[Tensor], settings: Settings, arguments: Namespace) -> float:
     """Nats a token of the held rows (rows, T + 1) after the run's own steps at `lr`."""
     extras = dict.fromkeys(pretrain.STAGE.extras) | dict(x.split("=") for x in arguments.extras)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with work_folder() as folder:
         words = {**vars(arguments), **extras, "out": f"{folder}/final", "curves": folder}
         run = Run(pretrain.STAGE, settings, Namespace(**words))
         run.work = Path(folder)

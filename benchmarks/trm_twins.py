@@ -21,7 +21,6 @@ import math
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -31,6 +30,7 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks._work import work_folder
 from lib.core.run_settings import Runtime, Train
 from lib.eval.depth import ExitScorer, exit_bpb
 from lib.eval.scorer import Rules
@@ -172,7 +172,7 @@ def train_one(
     )  # fmt: skip
     model = build(trm, config, data.store.vocab_size, seed=seed)
     began = time.process_time()
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as work:
+    with work_folder() as work:
         job = Job(
             run=name, settings=settings, runtime=Runtime(device="cpu", threads=1, log_every=50),
             seed=seed, model=model, rows=data.rows, context=context, device=device,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks._work import work_folder
 from lib.core.growing import AppendLog
 from lib.core.run_settings import Runtime, Train
 from lib.models.base import build, load_family
@@ -85,7 +85,7 @@ def measure(data: Data, name: str, seed: int) -> dict[str, Any]:
     module = load_family(family)
     model = build(module, module.Config(**sizes), data.store.vocab_size, seed=seed)
     began = time.process_time()
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with work_folder() as folder:
         outcome = train(
             Job(
                 run=name, settings=settings, seed=seed, model=model, rows=data.rows,
