@@ -23,12 +23,13 @@ STAGE = Stage(
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """The model, the form asked for, and the code that may go along, word for word."""
-    from lib.export.sources import auto_map_sources, families_of
+    """The model, the form asked for, the exporter, and the code that may go along, by the word."""
+    from lib.export.sources import ROOT, auto_map_sources, families_of
     from lib.train.final import config_of
 
     known = config_of(run.inputs["model"])
     sources = auto_map_sources(families_of(known["family"], known["config"]))
+    sources["exporter"] = (ROOT / "lib/export/hf.py").read_text(encoding="utf-8")
     return {
         "export": artifact.plain(run.settings.export),
         "model": stage.input_hash(run.inputs["model"]),

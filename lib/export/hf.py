@@ -76,7 +76,8 @@ def export(what: Exportable, folder: Path, form: Form = "auto") -> str:
     stop = stop_ids(what.tokenizer)
     ids = {"bos_token_id": what.tokenizer.bos_id, "pad_token_id": None}
     eos = what.tokenizer.eos_id
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    kind = next(t.dtype for t in tensors.values() if t.is_floating_point())  # others are ids
+    dtype = str(kind).removeprefix("torch.")
     config |= {**ids, "eos_token_id": eos, "vocab_size": what.tokenizer.vocab_size, "dtype": dtype}
     _write_json(folder / "config.json", config)
     generation = {**ids, "eos_token_id": stop or None, "do_sample": True, "temperature": 0.8}

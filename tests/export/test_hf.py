@@ -68,9 +68,10 @@ def exportable(tokenizer_folder: Path, **switches) -> hf.Exportable:
 
 
 def opened(folder: Path, **options):
+    """As a stranger does: the dtype is the one that the folder names."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 TOKENS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
